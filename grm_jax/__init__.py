@@ -1,0 +1,28 @@
+"""Generative reward models in JAX: `grm_jax.load(...)` gives a judge; `python -m grm_jax.main` is the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
+
+if TYPE_CHECKING:
+    from grm_jax.grm import Grm
+
+__version__ = "0.1.0"
+__all__ = ["Example", "Grm", "Judgment", "Message", "Usage", "Verdict", "load"]
+
+
+def load(model: str = "smollm2-135m", **options: Any) -> Grm:
+    """A judge over the named model, or over a Hugging Face folder or GGUF file; see `grm_jax.grm.load`."""
+    from grm_jax.grm import load as load_grm  # jax is imported when a model is, not for `--help`
+
+    return load_grm(model, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Grm":
+        from grm_jax.grm import Grm
+
+        return Grm
+    raise AttributeError(f"module 'grm_jax' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,0 +1,1 @@
+"""Floor 2: examples from files, verdicts to files."""

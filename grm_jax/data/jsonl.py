@@ -1,0 +1,399 @@
+"""Examples from JSON Lines, and verdicts to JSON Lines.
+
+1. `read_examples` reads every row of a file, of standard input or of a `gs://` object, and names every bad one with
+   file, line, value and rule, before anything heavy is imported.
+2. `open_writer` checks the output: it resumes an interrupted run of the same input and settings, or refuses.
+3. `VerdictWriter.write` takes verdicts in any order and writes their rows in the input's order, each row in one piece.
+
+Output and resuming. Beside `<output>` lies `<output>.run.json` with the run's settings and a digest of its examples,
+written before the first row. The finished rows are a head of the input. A local file grows row by row; its last line is
+dropped on resuming when only half there. An object in a bucket cannot grow: it is written whole, every OBJECT_SECONDS
+and at the end. Standard output, pipes and devices are not resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from grm_jax.datatypes import Example, Message, Verdict
+from grm_jax.log import logger
+
+ROLES = ("system", "user", "assistant")
+SHOWN_ROWS = 20  # bad rows that an error lists
+OBJECT_SECONDS = 30.0  # between two writes of an object in a bucket
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no example: where it stands, what was found and the rule that this breaks."""
+
+    file: str
+    line: int
+    value: str
+    rule: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.rule}; found {self.value}"
+
+
+class DataError(ValueError):
+    """Input or output that cannot be used as it is; `bad` holds the rows, where rows are the reason."""
+
+    def __init__(self, message: str, bad: Sequence[BadRow] = ()) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
+class RowError(ValueError):
+    """One row's fault: a value and the rule that it breaks."""
+
+    def __init__(self, value: object, rule: str) -> None:
+        shown = json.dumps(value, default=repr)
+        self.value = shown if len(shown) <= 60 else f"{shown[:56]} ..."
+        self.rule = rule
+        super().__init__(f"{rule}; found {self.value}")
+
+
+def read_examples(path: str, skip_bad: bool) -> tuple[list[Example], list[BadRow]]:
+    """The examples of a JSON Lines file, in its order, and the rows that are none.
+
+    `path` is a local file, a `gs://` path, or "-" for standard input; `.gz` is unpacked. Blank lines and unknown keys
+    are passed over. A row without an id is named `row-<line>`. Raises DataError: an unreadable or empty file, no good
+    row at all, or, without `skip_bad`, any bad row (it lists the first SHOWN_ROWS and the count).
+    """
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    line_of: dict[str, int] = {}
+    name = "standard input" if path == "-" else path
+    for line, raw in _lines(path, name):
+        if not raw.strip():
+            continue
+        try:
+            example = parse_row(_json(raw), f"row-{line}")
+            if (first := line_of.setdefault(example.id, line)) != line:
+                raise RowError(example.id, f"ids are unique, and line {first} has this one: change or remove one")
+            examples.append(example)
+        except RowError as error:
+            bad.append(BadRow(name, line, error.value, error.rule))
+    if bad and (not skip_bad or not examples):
+        listed = "\n".join(f"  {row}" for row in bad[:SHOWN_ROWS])
+        more = f"\n  and {len(bad) - SHOWN_ROWS} more" * (len(bad) > SHOWN_ROWS)
+        way_out = "correct them, or leave them out with --skip-bad" if examples else "no good row is left to go on with"
+        raise DataError(f"{len(bad)} bad rows in {name}; {way_out}:\n{listed}{more}", bad)
+    if not examples:
+        raise DataError(f'{name} is empty; give at least one row, such as {{"prompt": "...", "responses": ["..."]}}')
+    return examples, bad
+
+
+def parse_row(row: object, default_id: str) -> Example:
+    """The example in one decoded JSON row. Raises RowError with the value and the rule that it breaks."""
+    if not isinstance(row, dict):
+        raise RowError(row, "a row is a JSON object with a conversation and responses")
+    row = {key: value for key, value in row.items() if value is not None}  # tables export absent cells as null
+    pair = "chosen" in row and "rejected" in row
+    if pair == ("responses" in row):
+        raise RowError(sorted(row), "a row has either 'responses', or 'chosen' and 'rejected'")
+    if pair:
+        messages, responses = _pair(row)
+    else:
+        messages = _conversation(row)
+        responses = tuple(_text(text, "responses") for text in _list(row["responses"], "responses"))
+    if messages[-1].role != "user" or not messages[-1].content.strip():
+        raise RowError(asdict(messages[-1]), "a conversation ends with a turn of the user, which is not blank")
+    return Example(
+        id=_id(row.get("id", default_id)),
+        messages=messages,
+        responses=responses,
+        scores=_scores(row["scores"], len(responses)) if "scores" in row else (1.0, 0.0) if pair else None,
+        reference=_text(row["reference"], "reference") or None if "reference" in row else None,
+        strength=_number(row["strength"], "strength") if "strength" in row else None,
+        source=_text(row["source"], "source") if "source" in row else None,
+    )
+
+
+def _lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines from 1 on, without a byte-order mark. Raises DataError for a file that cannot be read."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stream: Any = sys.stdin.buffer if path == "-" else stack.enter_context(_path(path).open("rb"))
+            if path.endswith(".gz"):
+                stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+            for line, raw in enumerate(stream, 1):
+                yield line, raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise DataError(f"cannot read {name}: {reason}; give a JSON Lines file, or - for standard input") from error
+
+
+def _path(path: str) -> Any:
+    if "://" not in path:
+        return Path(path)
+    from etils import epath  # only here: buckets need packages that take seconds to import
+
+    return epath.Path(path)
+
+
+def _json(raw: bytes) -> object:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number of JSON's; leave its key out")
+
+    try:
+        text = raw.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        near = raw[max(0, error.start - 10) : error.start + 10].decode("ascii", "backslashreplace")
+        raise RowError(near, "a row is UTF-8 text") from error
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
+        at, fault = getattr(error, "pos", 0), getattr(error, "msg", error)
+        raise RowError(text[max(0, at - 20) : at + 20], f"a row is one line of JSON ({fault})") from error
+
+
+def _text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(value, f"'{key}' is a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(ascii(value[error.start : error.end]), f"'{key}' holds half a surrogate pair") from error
+    return value
+
+
+def _list(value: object, key: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise RowError(value, f"'{key}' is a list that is not empty")
+    return value
+
+
+def _turns(value: object, key: str) -> tuple[Message, ...]:
+    for turn in _list(value, key):
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+            raise RowError(turn, f"a turn of '{key}' is an object with 'role' and 'content'")
+        if turn["role"] not in ROLES:
+            raise RowError(turn["role"], f"a role in '{key}' is one of {', '.join(ROLES)}")
+    return tuple(Message(turn["role"], _text(turn["content"], f"{key}: content")) for turn in value)
+
+
+def _conversation(row: Mapping[str, object]) -> tuple[Message, ...]:
+    if ("prompt" in row) == ("messages" in row):
+        raise RowError(sorted(row), "a row has a conversation, as either 'prompt' or 'messages'")
+    if "messages" in row:
+        return _turns(row["messages"], "messages")
+    if isinstance(row["prompt"], list):
+        return _turns(row["prompt"], "prompt")
+    return (Message("user", _text(row["prompt"], "prompt")),)
+
+
+def _pair(row: Mapping[str, object]) -> tuple[tuple[Message, ...], tuple[str, str]]:
+    """The conversation and both responses of a preference row; chat lists may carry the conversation with them."""
+    told = [_conversation(row)] if "prompt" in row or "messages" in row else []
+    responses = []
+    for key in ("chosen", "rejected"):
+        if isinstance(row[key], str):
+            responses.append(_text(row[key], key))
+            continue
+        *earlier, last = _turns(row[key], key)
+        if last.role != "assistant":
+            raise RowError(last.role, f"the last turn of '{key}' is the assistant's, the response")
+        responses.append(last.content)
+        if earlier:
+            told.append(tuple(earlier))
+    if not told:
+        raise RowError(sorted(row), "a row has a conversation: 'prompt', 'messages', or turns before the response")
+    for other in told[1:]:
+        if other != told[0]:
+            differing = next((a for a, b in zip(other, told[0], strict=False) if a != b), other[-1])
+            raise RowError(differing.content, "'chosen' and 'rejected' answer one conversation, the row's own")
+    return told[0], (responses[0], responses[1])
+
+
+def _number(value: object, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise RowError(value, f"'{key}' is a finite number")
+    return float(value)
+
+
+def _scores(value: object, n: int) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != n:
+        raise RowError(value, f"'scores' is a list of one number a response, here {n}")
+    return tuple(_number(score, "scores") for score in value)
+
+
+def _id(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise RowError(value, "'id' is a string that is not empty, or a whole number")
+    return _text(value, "id")
+
+
+def verdict_row(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as one row of output: its fields, without a judgment's `reason` where there is none."""
+    row = asdict(verdict)
+    row["scores"] = [int(score) if score == int(score) else score for score in verdict.scores]
+    for judgment in row["judgments"]:
+        judgment["log_prob"] = round(judgment["log_prob"], 5)
+        if judgment["reason"] is None:
+            del judgment["reason"]
+    row["usage"]["seconds"] = round(verdict.usage.seconds, 3)
+    if not verdict.usage.cut_tokens:
+        del row["usage"]["cut_tokens"]
+    return row
+
+
+class VerdictWriter(contextlib.AbstractContextManager["VerdictWriter"]):
+    """Rows of verdicts in the order of `ids`, whatever order they come in; `finished` ones were there before."""
+
+    def __init__(
+        self, ids: Sequence[str], finished: frozenset[str], put: Callable[[bytes], None], close: Callable[[], None]
+    ) -> None:
+        self.finished = finished
+        self._due = [id for id in reversed(ids) if id not in finished]  # the next one last
+        self._open = set(self._due)
+        self._waiting: dict[str, bytes] = {}
+        self._put, self._close = put, close
+
+    def write(self, verdict: Verdict) -> None:
+        """Write the verdict's row and those that waited for it, or keep it until its turn."""
+        if verdict.id not in self._open:
+            raise ValueError(f"verdict of {verdict.id!r}; each example of the run that is not finished has one verdict")
+        self._open.remove(verdict.id)
+        text = json.dumps(verdict_row(verdict), ensure_ascii=False, allow_nan=False)
+        for separator in "\x85\u2028\u2029":  # some readers end a line there
+            text = text.replace(separator, f"\\u{ord(separator):04x}")
+        self._waiting[verdict.id] = text.encode() + b"\n"
+        while self._due and self._due[-1] in self._waiting:
+            self._put(self._waiting.pop(self._due.pop()))
+
+    def close(self) -> None:
+        """Finish the output. Rows that still wait for an earlier one are lost; the next run makes them again."""
+        if self._waiting:
+            logger.warning("%d verdicts were ready before %s was; they are not kept", len(self._waiting), self._due[-1])
+        self._close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_writer(
+    path: str, examples: Sequence[Example], settings: Mapping[str, object], overwrite: bool = False
+) -> VerdictWriter:
+    """A writer to `path` ("-": standard output), going on behind the rows of an interrupted run unless `overwrite`.
+
+    Makes missing parent folders. Call it before loading a model: raises DataError for a path that cannot be written,
+    and as `finished` does. `settings` is what JSON can hold.
+    """
+    ids = [example.id for example in examples]
+    try:
+        if path == "-":
+            return VerdictWriter(ids, frozenset(), _row_by_row(sys.stdout.buffer, "standard output"), lambda: None)
+        place = _path(path)
+        if isinstance(place, Path) and place.exists() and not place.is_file() and not place.is_dir():
+            stream = place.open("wb", buffering=0)  # a pipe or a device
+            return VerdictWriter(ids, frozenset(), _row_by_row(stream, path), stream.close)
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        done = frozenset() if overwrite else finished(path, examples, settings)
+        if not done:
+            place.write_bytes(b"")  # first, so that the new record never stands beside old rows
+            _record(path, *_run(examples, settings))
+        if not isinstance(place, Path):
+            return VerdictWriter(ids, done, *_as_a_whole(place, time.monotonic))
+        stream = place.open("ab", buffering=0)
+        return VerdictWriter(ids, done, _row_by_row(stream, path), stream.close)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; give another --output") from error
+
+
+def _row_by_row(stream: BinaryIO, name: str) -> Callable[[bytes], None]:
+    def put(row: bytes) -> None:
+        try:
+            while row:  # one write a row, unless the system takes less of it
+                row = row[stream.write(row) :]
+            stream.flush()
+        except OSError as error:
+            raise DataError(f"cannot write to {name}: {error.strerror}; mend that, run again to go on") from error
+
+    return put
+
+
+def _as_a_whole(place: Any, clock: Callable[[], float]) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    """`put` and `close` for a place that cannot grow: it is written whole from time to time, and at the end."""
+    rows, written = [place.read_bytes()], clock()
+
+    def put(row: bytes) -> None:
+        nonlocal written
+        rows.append(row)
+        if clock() - written >= OBJECT_SECONDS:
+            close()
+            written = clock()
+
+    def close() -> None:
+        place.write_bytes(b"".join(rows))
+
+    return put, close
+
+
+def _run(examples: Sequence[Example], settings: Mapping[str, object]) -> tuple[dict[str, Any], str]:
+    """What tells runs apart: the settings as JSON gives them back, and a digest of the input."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example)).encode())
+    return json.loads(json.dumps(dict(settings))), digest.hexdigest()
+
+
+def _record(path: str, settings: Mapping[str, object], digest: str) -> None:
+    place = _path(f"{path}.run.json")
+    written = place.with_name(place.name + ".new") if isinstance(place, Path) else place  # objects are atomic anyway
+    written.write_text(json.dumps({"settings": settings, "input": digest}, indent=1) + "\n")
+    if written is not place:
+        written.replace(place)
+
+
+def finished(path: str, examples: Sequence[Example], settings: Mapping[str, object]) -> frozenset[str]:
+    """The ids whose rows an interrupted run left in `path`; a local file's half-written last line is cut off.
+
+    Raises DataError, each with the way out, when the rows are not those of this run: no record beside them, other
+    settings or another input than recorded, a broken row, an id that the input does not have in that place.
+    """
+    place = _path(path)
+    if not (text := place.read_bytes() if place.exists() else b""):
+        return frozenset()
+    anew = "or start anew with --overwrite"
+    record = _path(f"{path}.run.json")
+    try:
+        before = json.loads(record.read_text())
+        old, digest = dict(before["settings"]), before["input"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} has text, but {record} no record of its run; give another --output, {anew}") from error
+    new, digest_now = _run(examples, settings)
+    if differ := [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]:
+        was, now_is = (", ".join(f"{key}={side.get(key)!r}" for key in differ) for side in (old, new))
+        raise DataError(f"{path} was begun with {was}; this run has {now_is}: use the same settings, {anew}")
+    if digest != digest_now:
+        raise DataError(f"{path} was begun with another input; give the same one, another --output, {anew}")
+    *rows, half = text.split(b"\n")
+    ids = [example.id for example in examples]
+    for line, raw in enumerate(rows, 1):
+        try:
+            found = json.loads(raw)["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{line}: no row of verdicts; take it and those behind it out, {anew}") from error
+        if [found] != ids[line - 1 : line]:
+            known = "out of its place" if found in ids else "not in the input"
+            raise DataError(f"{path}:{line}: id {found!r} is {known}; give another --output, {anew}")
+    if half:
+        logger.warning("%s: dropped a half-written last line of %d bytes", path, len(half))
+        os.truncate(path, len(text) - len(half))
+    return frozenset(ids[: len(rows)])

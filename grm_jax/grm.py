@@ -1,0 +1,340 @@
+"""The judge: examples in, verdicts out. The only place that knows the order in which responses were shown.
+
+What `judge` does:
+1. each of an example's k samples gets an order of the responses, by a seed; equal orders are one distinct prompt;
+2. the prompts are cut to fit, rendered and tokenised; those of one template share its head, prefilled once;
+3. the sampler draws the samples, forcing scores where a text holds none and the caller wants them;
+4. each text is parsed, and its scores go back to the example's own order;
+5. when an example's last sample is in, they are voted (Eq. 14) into its verdict.
+
+Where it departs from the paper (section 5, each sample shuffled by itself): the n! orders are dealt out in turn from a
+shuffled deck, so each sample's order is still uniform, but slot 1 is dealt out as evenly as k allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from grm_jax import prompts, scores, voting
+from grm_jax import tokenizer as tokenizers
+from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
+from grm_jax.models.decoder import Model, bind, split_abstract
+from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
+from grm_jax.sharding import make_mesh, parameter_sharding
+from grm_jax.weights.embedded import EMBEDDED, find_embedded
+from grm_jax.weights.load import load_params, read_config
+
+_PEEK = 16  # examples whose prompts tell how long the shared head is
+_DECK = 5040  # orders enumerated at most (7!); beyond, each sample's order is drawn by itself
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeSettings:
+    """How judgments are sampled; the defaults are the paper's (section 5) where it gives them."""
+
+    votes: int = 8  # k, samples an example
+    temperature: float = 0.5
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 512
+    force_scores: bool = True  # sample scores under the automaton's mask where a text holds none
+    template: str | None = None  # a name or file; None takes the default for the number of responses
+    slots: int = 32  # samples decoded at once
+
+    def __post_init__(self) -> None:
+        for name in ("votes", "max_new_tokens", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+        self.sampling(())
+
+    def sampling(self, eos_ids: tuple[int, ...]) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, eos_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One continuation of a raw prompt; log_probs: one a token, under the distribution that it was drawn from."""
+
+    text: str
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    ended: bool  # by an end id, not by the budget
+
+
+def orders(example_id: str, n: int, votes: int, seed: int) -> list[tuple[int, ...]]:
+    """The order of the n responses in each of an example's samples: order[i] is the index shown in slot i.
+
+    A function of (seed, id): sample j has the same order whatever `votes` is, and at most n! orders occur.
+    """
+    rng = np.random.default_rng([seed, stable_hash(example_id)])
+    if math.factorial(n) > _DECK:
+        return [tuple(rng.permutation(n).tolist()) for _ in range(votes)]
+    deck = list(itertools.permutations(range(n)))
+    shuffled = [deck[i] for i in rng.permutation(len(deck))]
+    return [shuffled[j % len(deck)] for j in range(votes)]
+
+
+def stable_hash(text: str) -> int:
+    """31 bits of sha256: the same on every machine, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """An example being judged: its prompts by order, and what its samples have brought so far."""
+
+    example: Example
+    orders: list[tuple[int, ...]]  # a sample
+    requests: list[Request]
+    cut_tokens: int
+    done: dict[int, Judgment] = dataclasses.field(default_factory=dict)
+    started: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grm:
+    """A generative reward model: a decoder, its tokenizer (None for a folder without one), and its default templates."""
+
+    model: Model
+    tokenizer: tokenizers.Tokenizer | None
+    name: str
+    demos: bool = False  # its templates carry worked demonstrations: it was not tuned to judge
+
+    def score(
+        self, examples: Sequence[Example], votes: int = 8, seed: int = 0, **settings: float | str | bool | None
+    ) -> list[Verdict]:
+        """A verdict for each example, in their order; `settings` are further fields of `JudgeSettings`.
+
+        Raises ValueError for ids that occur twice, settings out of range, or a prompt that cannot be cut to fit.
+        """
+        verdicts = {v.id: v for v in self.judge(examples, JudgeSettings(votes=votes, seed=seed, **settings))}
+        return [verdicts[example.id] for example in examples]
+
+    def judge(self, examples: Sequence[Example], settings: JudgeSettings) -> Iterator[Verdict]:
+        """Verdicts as they come to be, in no order. The samples keep one batch full across examples."""
+        seen: set[str] = set()
+        for example in examples:
+            if example.id in seen:
+                raise ValueError(
+                    f"example id {example.id!r} occurs twice: ids name an example's samples, make them unique"
+                )
+            seen.add(example.id)
+        by_template: dict[prompts.Template, list[Example]] = {}
+        for example in examples:
+            by_template.setdefault(self.template(len(example.responses), settings), []).append(example)
+        for template, group in by_template.items():
+            yield from _judge_with(self, template, group, settings)
+
+    def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
+        """The template that shows n responses."""
+        return prompts.load_template(settings.template) if settings.template else prompts.template_for(n, self.demos)
+
+    def generate(
+        self, texts: Sequence[str], k: int = 1, *, max_new_tokens: int = 256, seed: int = 0, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, slots: int = 32,
+    ) -> list[list[Generated]]:  # fmt: skip
+        """k continuations of each raw prompt (no chat template is put around it): result[i][j] is sample j of texts[i]."""
+        tokenizer = self.need_tokenizer()
+        sampling = Sampling(temperature, top_k, top_p, min_p, tokenizer.eos_ids)
+        ids = [tokenizer.encode(text) for text in texts]
+        rows = generate(
+            self.model, ids, k, jax.random.key(seed, impl="threefry2x32"),
+            max_new_tokens=max_new_tokens, sampling=sampling, slots=slots,
+        )  # fmt: skip
+        return [[Generated(tokenizer.decode(c.tokens), c.tokens, c.log_probs, c.ended) for c in row] for row in rows]
+
+    def logits(self, token_ids: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+        """Next-token logits at every position of right-aligned-at-0 rows, float32."""
+        tokens = jnp.asarray(token_ids, jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return _forward(self.model.graph, self.model.params, tokens, positions)
+
+    def need_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer, or ValueError for a model that was loaded without one."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer files: put tokenizer.json or tokenizer.model in its folder")
+        return self.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id of the model's vocabulary (which may be padded past the tokenizer's)."""
+        table = self.need_tokenizer().token_bytes()
+        return [*table, *[b""] * (self.model.config.vocab_size - len(table))]
+
+
+@partial(jax.jit, static_argnames="graph")
+def _forward(graph: object, params: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    model = bind(graph, params)
+    hidden, _ = model(tokens, positions)
+    return model.logits(hidden)
+
+
+def _prompt_ids(tokenizer: tokenizers.Tokenizer, messages: tuple[Message, ...]) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(tokenizer.chat(messages)))
+
+
+def _prepare(
+    grm: Grm, template: prompts.Template, example: Example, settings: JudgeSettings, forcing: Forcing | None
+) -> _Task:
+    """Cut, render and tokenise an example's distinct prompts."""
+    tokenizer, n = grm.need_tokenizer(), len(example.responses)
+    numbers = n if forcing else 0
+    room = settings.max_new_tokens + (forcing.budget(numbers) if forcing else 0)
+    shown, cut = prompts.fit(
+        example,
+        template,
+        grm.model.config.max_positions - room,
+        lambda messages: len(_prompt_ids(tokenizer, messages)),
+        tokenizer.specials,
+    )
+    dealt = orders(example.id, n, settings.votes, settings.seed)
+    requests = []
+    for order in dict.fromkeys(dealt):
+        ids = _prompt_ids(tokenizer, prompts.render(shown, order, template, controls=tokenizer.specials))
+        which = tuple(j for j, o in enumerate(dealt) if o == order)
+        requests.append(Request(ids, stable_hash(example.id), which, numbers))
+    return _Task(example, dealt, requests, cut)
+
+
+def _judge_with(
+    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings
+) -> Iterator[Verdict]:
+    """Judge examples that share a template."""
+    tokenizer = grm.need_tokenizer()
+    forcing = None
+    if settings.force_scores:
+        most = max(len(example.responses) for example in examples)
+        forcing = Forcing(
+            scores.force_table(grm.token_bytes, most, template.low, template.high),
+            tuple(tokenizer.encode_plain(scores.FORCE_TAIL)),
+            lambda ids, n: scores.parse(tokenizer.decode(ids), n, template.low, template.high)[0] is not None,
+        )
+    prepared = (_prepare(grm, template, example, settings, forcing) for example in examples)
+    peeked = list(itertools.islice(prepared, _PEEK))
+    head = common_prefix([request.prompt for task in peeked for request in task.requests])
+    task_of: dict[int, _Task] = {}
+
+    def requests() -> Iterable[Request]:
+        for task in itertools.chain(peeked, prepared):
+            for request in task.requests:
+                task_of[id(request)] = task
+                yield request
+
+    plan = _plan(examples, settings)
+    key = jax.random.key(settings.seed, impl="threefry2x32")
+    sampling = settings.sampling(tokenizer.eos_ids)
+    for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing):
+        task = task_of[id(completion.request)]
+        task.started.append(time.monotonic() - completion.seconds)
+        task.done[completion.sample] = _judgment(tokenizer, template, task, completion)
+        if len(task.done) == settings.votes:
+            for request in task.requests:
+                del task_of[id(request)]
+            yield verdict(task.example, [task.done[j] for j in range(settings.votes)], _usage(task))
+
+
+def _plan(examples: list[Example], settings: JudgeSettings) -> Plan:
+    """Rows a group as many as an average distinct prompt has samples, and as many groups as the slots allow."""
+    distinct = [min(settings.votes, math.factorial(min(len(example.responses), 20))) for example in examples]
+    group = min(settings.slots, math.ceil(settings.votes * len(distinct) / sum(distinct)))
+    return Plan(max(1, min(settings.slots // group, sum(distinct))), group, settings.max_new_tokens)
+
+
+def _judgment(
+    tokenizer: tokenizers.Tokenizer, template: prompts.Template, task: _Task, completion: Completion
+) -> Judgment:
+    """A completion read: its scores, put back into the example's own order, or the reason why there are none."""
+    order = task.orders[completion.sample]
+    text = tokenizer.decode(completion.tokens)
+    shown, reason = scores.parse(text, len(order), template.low, template.high)
+    own = None
+    if shown is not None:
+        own = tuple(shown[order.index(i)] for i in range(len(order)))
+    return Judgment(
+        text=prompts.restore(text),
+        scores=own,
+        reason=reason,
+        order=order,
+        forced=completion.forced_from is not None,
+        tokens=len(completion.tokens),
+        log_prob=float(sum(completion.log_probs)),
+    )
+
+
+def _usage(task: _Task) -> Usage:
+    return Usage(
+        prompt_tokens=sum(len(request.prompt) for request in task.requests),
+        completion_tokens=sum(judgment.tokens for judgment in task.done.values()),
+        seconds=time.monotonic() - min(task.started),
+        cut_tokens=task.cut_tokens,
+    )
+
+
+def verdict(example: Example, judgments: Sequence[Judgment], usage: Usage) -> Verdict:
+    """The vote over an example's judgments (Eq. 14): a failed parse is left out, and when all fail it is a tie of all."""
+    n = len(example.responses)
+    table = np.array([judgment.scores or (0,) * n for judgment in judgments], np.int32)
+    valid = np.array([judgment.scores is not None for judgment in judgments])
+    tally = voting.vote_batch(table[None], valid[None], np.array([n], np.int32))
+    sums, best, tie, kept = jax.device_get((tally.sums, tally.best, tally.tie, tally.valid))
+    return Verdict(
+        id=example.id,
+        scores=tuple(float(s) for s in sums[0, -1, :n]),
+        best=int(best[0, -1]),
+        tie=bool(tie[0, -1]),
+        votes=len(judgments),
+        valid=int(kept[0, -1]),
+        judgments=tuple(judgments),
+        usage=usage,
+    )
+
+
+def load(
+    model: str = "smollm2-135m",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    devices: int | None = None,
+) -> Grm:
+    """Load a judge: an embedded model by name, a Hugging Face folder, or a .gguf file (local or gs://).
+
+    dtype: of weights and caches; by default float32 on CPU, bfloat16 elsewhere. devices: how many of this process's
+    devices share the batch; by default one on CPU, all elsewhere. Raises FileNotFoundError and ValueError as the loaders
+    of `weights` and `tokenizer` do.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    mesh = make_mesh(data=devices or (1 if on_cpu else jax.local_device_count()))
+    path = find_embedded(model) if model in EMBEDDED else model
+    config = read_config(path)
+    graph, shapes = split_abstract(config)
+    targets = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
+        for name, (shape, axes) in shapes.items()
+    }
+    params = load_params(path, targets)
+    return Grm(Model(config, graph, params, mesh), _tokenizer(path), str(model), demos=model in EMBEDDED)
+
+
+def _tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
+    """The checkpoint's tokenizer, or None for a folder that has none."""
+    if str(path).endswith(".gguf"):
+        return tokenizers.from_gguf(path)
+    from etils import epath
+
+    if not any((epath.Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return tokenizers.from_folder(path)

@@ -1,0 +1,1 @@
+"""Floor 2: the decoder and the families whose numbers drive it."""

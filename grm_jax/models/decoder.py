@@ -1,0 +1,377 @@
+"""One decoder for every family: a Flax NNX module whose numbers come from a `DecoderConfig`.
+
+What happens in a call `hidden, cache = model(tokens, positions, cache)`:
+1. tokens become embeddings, positions become rotary angles and one mask a kind of layer (full or windowed);
+2. each block attends over PARTS, one softmax over all of them: the cache's parts (keys and values computed before, seen
+   by every row or by one) and either the new tokens themselves or each query's own suffix;
+3. `model.logits(hidden)` goes through the head, apart, so that callers choose the tokens that pay for it.
+
+Masks are never passed: every key carries its position, -1 where nothing is stored, and a query at position p sees the
+keys at 0 <= position <= p, within the layer's window. So left padding, right padding, ring buffers and shared prefixes
+are one rule, and no real token can see padding.
+
+Shapes: B rows, T new tokens, R = B * T, S cached tokens, D model, N query heads, K key heads, Q = N / K, H head, F MLP,
+V vocabulary. Arithmetic: weights and caches keep their dtype, products accumulate in float32; the residual stream, norms
+and softmax are float32.
+Sources: Llama 3 (arXiv 2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388), Gemma 2 (2408.00118).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from grm_jax.models.config import DecoderConfig, RopeScaling
+
+Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
+
+NOWHERE = -1  # the position of a key that is not there
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "positions"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Keys and values that queries may see, an array a layer.
+
+    k, v: [..., K, S, H], k rotated; positions: int32 [..., S], -1 where nothing is stored. The leading axes say who may
+    see them: () every query, (B,) the queries of a row, (R,) one query alone.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    positions: jax.Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["parts", "own", "clock"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What was computed before.
+
+    parts: read only, shared by all (leading axes ()) or by a row ((B,)).
+    own: None, or each query's own suffix (leading axis B * T), whose slot `clock` this call's tokens are written to;
+    queries then do not see each other: a row is a prompt, and its T queries are T samples of it.
+    """
+
+    parts: tuple[Keys, ...] = ()
+    own: Keys | None = None
+    clock: jax.Array | int = 0
+
+
+def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum in the dtype of `w`, accumulated in float32."""
+    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+
+def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., I] through w [O..., I] to [..., O...], in the dtype of `w`, accumulated in float32.
+
+    The matrix is flattened first: with several output axes XLA would copy it, transposed, at every call.
+    """
+    flat = w.reshape(-1, w.shape[-1])
+    y = jax.lax.dot_general(
+        x.astype(w.dtype), flat, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y.reshape(*x.shape[:-1], *w.shape[:-1])
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """x / rms(x) * (offset + weight) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * scale * (offset + weight.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "H/2"]:
+    """Angular frequency of each rotated pair, in radians a token; Llama 3.1's scaling where the config has one."""
+    freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return freq
+    turns = scaling.original_max_positions * freq / (2 * math.pi)  # rotations within the original context
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return freq * (smooth + (1 - smooth) / scaling.factor)
+
+
+def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding, halves layout: pairs are (i, i + H/2). x [B, T, ..., H], angles' cos and sin [B, T, H/2]."""
+    cos, sin = (a.reshape(a.shape[:2] + (1,) * (x.ndim - 3) + a.shape[2:]) for a in angles)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _visible(queries_BT: jax.Array, keys_BTS: jax.Array, window: int | None) -> jax.Array:
+    """Which keys each query sees: [B, T, S] from positions of queries [B, T] and of keys, broadcastable [B, T, S]."""
+    age = queries_BT[:, :, None] - keys_BTS
+    seen = (keys_BTS > NOWHERE) & (age >= 0)
+    return seen if window is None else seen & (age < window)
+
+
+class Owner(enum.Enum):
+    """Who may see a part, and how a batched product over it goes: scores, the order that they come out in, mix.
+
+    The scores stay in that order (batch axes first), so that nothing as large as them is ever transposed.
+    """
+
+    ALL = ("BTKQH,KSH->KBTQS", "KBTQ->BTKQ", "KBTQS,KSH->KBTQH", (None, slice(None), slice(None), None))
+    ROW = ("BTKQH,BKSH->BKTQS", "BKTQ->BTKQ", "BKTQS,BKSH->BKTQH", (slice(None), None, slice(None), None))
+    QUERY = ("RKQH,RKSH->RKQS", "RKQ->RKQ", "RKQS,RKSH->RKQH", (slice(None), None, None))
+
+
+def _attend_part(
+    q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array, softcap: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One part's share of a softmax: its largest score and its sum of exponentials [B, T, K, Q], its mix [..., H]."""
+    scores_spec, order, mix_spec, where = owner.value
+    shape = q.shape
+    if owner is Owner.QUERY:
+        q, seen = q.reshape(-1, *shape[2:]), seen.reshape(-1, seen.shape[-1])
+    s = _softcap(_dot(scores_spec, q, k), softcap)
+    s = jnp.where(seen[where], s, -jnp.inf)
+    top = jnp.maximum(s.max(-1), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
+    p = jnp.exp(s - top[..., None])
+    total, mix = p.sum(-1), _dot(mix_spec, p, v)
+    source, target = order.split("->")
+    axes = tuple(source.index(letter) for letter in target)
+    top, total, mix = top.transpose(axes), total.transpose(axes), mix.transpose(*axes, len(axes))
+    return top.reshape(shape[:-1]), total.reshape(shape[:-1]), mix.reshape(shape)
+
+
+def attend(
+    q: Float[Array, "B T K Q H"],
+    parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array]],
+    softcap: float | None,
+) -> Float[Array, "B T K Q H"]:
+    """Attention over several parts with one softmax.
+
+    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S]); leading axes of k and v as in `Keys`. A
+    query that sees nothing at all (padding) gets zeros.
+    """
+    shares = [_attend_part(q, *part, softcap) for part in parts]
+    top = shares[0][0]
+    for part_top, _, _ in shares[1:]:
+        top = jnp.maximum(top, part_top)
+    weights = [jnp.exp(part_top - top) for part_top, _, _ in shares]
+    total = sum(w * t for w, (_, t, _) in zip(weights, shares, strict=True))
+    out = sum(w[..., None] * m for w, (_, _, m) in zip(weights, shares, strict=True))
+    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
+    """A matrix drawn with standard deviation fan_in ** -0.5; `axes` are the logical names that sharding maps."""
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
+    return nnx.Param(value, axes=axes)
+
+
+def _vector(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; q, k, v, o keep the layout of released checkpoints."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c = config
+        self.config = config
+        self.q = _param(rngs, (c.heads, c.head_dim, c.dim), ("heads", "head", "embed"), c.dim)
+        self.k = _param(rngs, (c.kv_heads, c.head_dim, c.dim), ("kv_heads", "head", "embed"), c.dim)
+        self.v = _param(rngs, (c.kv_heads, c.head_dim, c.dim), ("kv_heads", "head", "embed"), c.dim)
+        self.o = _param(rngs, (c.dim, c.heads, c.head_dim), ("embed", "heads", "head"), c.heads * c.head_dim)
+        if c.qkv_bias:
+            self.q_bias = _vector(0.0, (c.heads, c.head_dim), ("heads", "head"))
+            self.k_bias = _vector(0.0, (c.kv_heads, c.head_dim), ("kv_heads", "head"))
+            self.v_bias = _vector(0.0, (c.kv_heads, c.head_dim), ("kv_heads", "head"))
+        if c.qk_norm:
+            self.q_norm = _vector(1.0 - c.norm_offset, (c.head_dim,), ("head",))
+            self.k_norm = _vector(1.0 - c.norm_offset, (c.head_dim,), ("head",))
+
+    def project(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, K, Q, H] rotated and scaled; keys (rotated) and values [B, T, K, H] in the weights' dtype."""
+        c = self.config
+        q = _linear(x_BTD, self.q[...])
+        k = _linear(x_BTD, self.k[...])
+        v = _linear(x_BTD, self.v[...])
+        if c.qkv_bias:
+            q, k, v = (
+                y + b[...].astype(jnp.float32)[None, None]
+                for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            )
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.norm_eps, c.norm_offset)
+            k = rms_norm(k, self.k_norm[...], c.norm_eps, c.norm_offset)
+        q = _rotate(q, angles) * c.query_scale
+        dtype = self.k[...].dtype
+        q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+        return q, _rotate(k, angles).astype(dtype), v.astype(dtype)
+
+    def output(self, mixed_BTKQH: jax.Array) -> jax.Array:
+        """Heads back to the model's width: [B, T, D]."""
+        o_DI = self.o[...].reshape(self.config.dim, -1)
+        return _linear(mixed_BTKQH.reshape(*mixed_BTKQH.shape[:2], -1), o_DI)
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate x) * up x)."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c = config
+        self.config = config
+        self.gate = _param(rngs, (c.mlp_dim, c.dim), ("mlp", "embed"), c.dim)
+        self.up = _param(rngs, (c.mlp_dim, c.dim), ("mlp", "embed"), c.dim)
+        self.down = _param(rngs, (c.dim, c.mlp_dim), ("embed", "mlp"), c.mlp_dim)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate = _linear(x_BTD, self.gate[...])
+        gate = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return _linear(gate * _linear(x_BTD, self.up[...]), self.down[...])
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        weight = 1.0 - config.norm_offset
+        self.norm_attention = _vector(weight, (config.dim,), ("embed",))
+        self.attention = Attention(config, rngs)
+        self.norm_mlp = _vector(weight, (config.dim,), ("embed",))
+        self.mlp = Mlp(config, rngs)
+        if config.post_norms:
+            self.norm_attention_post = _vector(weight, (config.dim,), ("embed",))
+            self.norm_mlp_post = _vector(weight, (config.dim,), ("embed",))
+
+    def _norm(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
+
+    def add_attention(self, x_BTD: jax.Array, mixed_BTKQH: jax.Array) -> jax.Array:
+        y = self.attention.output(mixed_BTKQH)
+        return x_BTD + (self._norm(y, self.norm_attention_post) if self.config.post_norms else y)
+
+    def add_mlp(self, x_BTD: jax.Array) -> jax.Array:
+        y = self.mlp(self._norm(x_BTD, self.norm_mlp))
+        return x_BTD + (self._norm(y, self.norm_mlp_post) if self.config.post_norms else y)
+
+    def project(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attention.project(self._norm(x_BTD, self.norm_attention), angles)
+
+
+class Decoder(nnx.Module):
+    """The whole model. Build it abstractly with `split_abstract`, bind parameters with `bind`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
+        self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.norm = _vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
+        if not config.tied:
+            self.head = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Final hidden states (normed, float32) and the cache with the new tokens in it.
+
+        tokens: any id where positions is -1 (padding). With `cache.own` the returned cache has the tokens written in
+        slot `clock` and the clock moved on; otherwise the new keys come back as one more part, (B,) leading.
+        """
+        cache = cache or Cache()
+        config = self.config
+        x = self.embed[...][tokens].astype(jnp.float32) * config.embed_scale
+        freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        theta = positions[..., None].astype(jnp.float32) * freq[None, None]
+        angles = (jnp.cos(theta), jnp.sin(theta))
+        owners = [Owner.ALL if part.positions.ndim == 1 else Owner.ROW for part in cache.parts]
+        owners.append(Owner.ROW if cache.own is None else Owner.QUERY)
+        new_positions = positions
+        if cache.own is not None:
+            new_positions = _write(cache.own.positions, positions.reshape(-1), cache.clock)
+        keys = [p.reshape(-1, 1, p.shape[-1]) for p in (*(part.positions for part in cache.parts), new_positions)]
+        if cache.own is not None:
+            keys[-1] = keys[-1].reshape(*positions.shape, -1)
+        seen = {w: [_visible(positions, p, w) for p in keys] for w in set(config.windows)}
+        ks, vs = [], []
+        for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
+            q, k, v = block.project(x, angles)
+            if cache.own is None:
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+            else:
+                k, v = (
+                    _write(store[i], new.reshape(-1, *new.shape[2:]), cache.clock)
+                    for store, new in ((cache.own.k, k), (cache.own.v, v))
+                )
+            pairs = [*((part.k[i], part.v[i]) for part in cache.parts), (k, v)]
+            parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, seen[window], strict=True)]
+            x = block.add_mlp(block.add_attention(x, attend(q, parts, config.attention_softcap)))
+            ks.append(k)
+            vs.append(v)
+        new = Keys(tuple(ks), tuple(vs), new_positions)
+        hidden = rms_norm(x, self.norm[...], config.norm_eps, config.norm_offset)
+        if cache.own is None:
+            return hidden, dataclasses.replace(cache, parts=(*cache.parts, new))
+        return hidden, dataclasses.replace(cache, own=new, clock=cache.clock + 1)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of hidden states, float32, soft-capped where the family does so."""
+        head = self.embed if self.config.tied else self.head
+        return _softcap(_linear(hidden, head[...]), self.config.logit_softcap)
+
+
+def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Array:
+    """Each query's new key [R, K, H] into slot `clock` of its suffix [R, K, S, H]; positions [R] into [R, S]."""
+    axis = store.ndim - 2 if store.ndim == 4 else 1
+    return jax.lax.dynamic_update_slice_in_dim(store, jnp.expand_dims(new, axis), clock, axis)
+
+
+def split_abstract(config: DecoderConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
+    """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    shapes = {
+        ".".join(map(str, path)): (leaf.get_value().shape, leaf.get_metadata()["axes"])
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return graph, shapes
+
+
+def bind(graph: nnx.GraphDef, params: Mapping[str, jax.Array]) -> Decoder:
+    """The module over these parameters; a trace-time step, free inside jit."""
+    nested: dict = {}
+    for path, value in params.items():
+        *parents, leaf = path.split(".")
+        node = nested
+        for name in parents:
+            node = node.setdefault(int(name) if name.isdigit() else name, {})
+        node[leaf] = value
+    return nnx.merge(graph, nnx.State(nested))
+
+
+def random_params(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Freshly drawn parameters, as pre-training would start from: matrices ~ N(0, 1 / fan_in), norms at one."""
+    state = nnx.state(Decoder(config, nnx.Rngs(seed)))
+    return {".".join(map(str, path)): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder ready to run: its numbers, its graph, its parameters and the mesh that they lie on."""
+
+    config: DecoderConfig
+    graph: nnx.GraphDef
+    params: Params
+    mesh: jax.sharding.Mesh
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights and caches."""
+        return self.params["embed"].dtype

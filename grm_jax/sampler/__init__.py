@@ -1,0 +1,6 @@
+"""Floor 3: from prompts to sampled completions."""
+
+from grm_jax.sampler.batching import Completion, Forcing, Plan, Request, common_prefix, generate, sample
+from grm_jax.sampler.draw import Sampling
+
+__all__ = ["Completion", "Forcing", "Plan", "Request", "Sampling", "common_prefix", "generate", "sample"]

@@ -1,0 +1,424 @@
+"""Continuous batching: keep the batch full while samples of different lengths come and go.
+
+1. The tokens that all prompts share (the template's head) are prefilled once a run.
+2. A batch is P groups of G rows. A group holds one distinct prompt, prefilled once; its rows are samples of it.
+3. The device decodes a few steps for all rows; then the host takes what ended, starts the prompt's next sample in the
+   freed row, or, when a group has no sample left, the next prompt in the freed group.
+4. A row that ended without scores, where scores are to be forced, goes on: it writes the tail that opens the box and then
+   draws under the automaton's mask.
+5. The prompt cache's width follows the longest prompt in the batch, the ring of own tokens the longest row, both by
+   powers of two: short ones do not pay for the longest possible one.
+
+A sample depends on (key, item, sample index) and its prompt alone: not on the batch, its neighbours or the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grm_jax import scores
+from grm_jax.models.decoder import NOWHERE, Keys, Model
+from grm_jax.sampler import rollout
+from grm_jax.sampler.draw import Sampling
+from grm_jax.sharding import batch_sharding
+
+_LEAST_BUCKET = 32  # slots of the smallest prompt bucket
+_LEAST_RING = 128  # slots of the smallest ring
+_HEAD_STEP = 64  # the shared head is padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Samples wanted of one distinct prompt: `samples` are indices, folded with `item` into each sample's key.
+
+    numbers: how many scores a completion is to hold, where scores are forced; 0 forces none.
+    """
+
+    prompt: tuple[int, ...]
+    item: int
+    samples: tuple[int, ...]
+    numbers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a request's prompt, without the id that ended it.
+
+    log_probs: one a token, 0 for tokens that were not drawn. forced_from: where the forced tail begins, None if nothing
+    was forced. ended: an end id was drawn (or the forced box closed), not the budget reached.
+    """
+
+    request: Request
+    sample: int
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    ended: bool
+    forced_from: int | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """How scores are forced: the automaton, the tokens of the tail, and the test that says a text needs none of it."""
+
+    table: scores.ForceTable
+    tail: tuple[int, ...]
+    has_scores: Callable[[Sequence[int], int], bool]
+
+    def budget(self, numbers: int) -> int:
+        """Tokens that the tail and the scores may take: a score, a comma and a space each at most, if no token is wider."""
+        return len(self.tail) + numbers * (len(str(self.table.high)) + 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The size of a batch: `groups` prompts of `group` samples each, `steps` tokens between two looks by the host."""
+
+    groups: int
+    group: int
+    max_new_tokens: int
+    steps: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} = {getattr(self, field.name)}: a batch needs at least 1")
+
+
+def power_of_two(n: int, least: int) -> int:
+    """The bucket of n: the smallest power of two times `least` that holds it; 0 holds 0."""
+    return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all prompts start with, short of each one's last token, which is always fed."""
+    first, last = min(prompts), max(prompts)  # in lexicographic order all others lie between them
+    shortest = min(map(len, prompts)) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return tuple(first[: min(same, shortest)])
+
+
+@dataclasses.dataclass
+class _Row:
+    """A sample under way, on the host."""
+
+    request: Request
+    sample: int
+    started: float
+    clock: int  # of the batch when it began: its ring entries are no older
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    forced_from: int | None = None
+
+
+class _Batch:
+    """The device arrays of a batch and the host's mirror of its rows. `run` drives it."""
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        sampling: Sampling,
+        key: jax.Array,
+        head: tuple[int, ...],
+        forcing: Forcing | None,
+    ) -> None:
+        self.model, self.plan, self.sampling, self.key, self.forcing = model, plan, sampling, key, forcing
+        data = model.mesh.shape["data"]
+        self.groups = -(-plan.groups // data) * data
+        count = self.groups * plan.group
+        self.rows: list[_Row | None] = [None] * count
+        self.pending: list[list[int]] = [[] for _ in range(self.groups)]  # samples not yet started, a group
+        self.request: list[Request | None] = [None] * self.groups
+        queue = 1 if forcing is None else len(forcing.tail)
+        self.state = {
+            "token": np.zeros(count, np.int32),
+            "position": np.zeros(count, np.int32),
+            "fresh": np.zeros(count, bool),
+            "drawn": np.zeros(count, np.int32),
+            "budget": np.zeros(count, np.int32),
+            "live": np.zeros(count, bool),
+            "queue": np.zeros((count, queue), np.int32),
+            "queued": np.zeros(count, np.int32),
+            "mask": np.full(count, scores.FREE, np.int32),
+        }
+        self.ids = np.zeros((2, count), np.int32)  # item and sample of each row
+        self.clock = 0
+        self.ring = rollout.Ring(self._empty((count,), _LEAST_RING), jnp.int32(0))
+        self.prompts: Keys | None = None
+        self.shape = jnp.zeros((self.groups, plan.group), bool)
+        self.set_head(head)
+
+    def _empty(self, lead: tuple[int, ...], slots: int) -> Keys:
+        """A part that holds nothing, split over the mesh."""
+        c, mesh, dtype = self.model.config, self.model.mesh, self.model.dtype
+        store = batch_sharding(mesh, "kv_heads")
+
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(
+                jnp.zeros((*lead, c.kv_heads, slots, c.head_dim), dtype, device=store) for _ in range(c.layers)
+            )
+
+        return Keys(zeros(), zeros(), jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
+
+    def set_head(self, head: tuple[int, ...]) -> None:
+        """Prefill the tokens that every prompt of the batch starts with."""
+        self.head_tokens, self.head = head, None
+        if head:
+            width = -(-len(head) // _HEAD_STEP) * _HEAD_STEP
+            keys = self._prefill([head], width)
+            self.head = Keys(tuple(x[0] for x in keys.k), tuple(x[0] for x in keys.v), keys.positions[0])
+
+    def _prefill(self, prompts: list[Sequence[int]], width: int) -> Keys:
+        """Keys of a few prompts, in a block that the mesh's data axis divides."""
+        data = self.model.mesh.shape["data"]
+        tokens = np.zeros((-(-len(prompts) // data) * data, width), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        lengths = np.array([*map(len, prompts), *[0] * (len(tokens) - len(prompts))], np.int32)
+        spread = batch_sharding(self.model.mesh)
+        return rollout.prefill(
+            self.model.graph,
+            self.model.params,
+            self.head,
+            jax.device_put(tokens, spread),
+            jax.device_put(lengths, spread),
+        )
+
+    def free_groups(self) -> list[int]:
+        return [p for p, request in enumerate(self.request) if request is None]
+
+    def admit(self, requests: list[tuple[int, Request]]) -> None:
+        """Put requests into free groups: prefill what is theirs alone, and start their first samples."""
+        data = self.model.mesh.shape["data"]
+        for start in range(0, len(requests), data):
+            block = requests[start : start + data]
+            rests = [request.prompt[len(self.head_tokens) : -1] for _, request in block]
+            width = power_of_two(max(map(len, rests)), _LEAST_BUCKET)
+            for group, request in block:
+                self.request[group], self.pending[group] = request, list(request.samples)
+            self._fit_prompts()
+            if width:
+                keys = self._prefill(rests, width)
+                slots = [group for group, _ in block] + [self.groups] * (keys.positions.shape[0] - len(block))
+                self.prompts = rollout.place(self.prompts, keys, jnp.array(slots, jnp.int32))
+            for group, request in block:
+                if self.prompts is not None and not len(request.prompt) - 1 - len(self.head_tokens):
+                    self.prompts = rollout.forget(self.prompts, jnp.int32(group))
+                for row in range(group * self.plan.group, (group + 1) * self.plan.group):
+                    self._start(row)
+
+    def _fit_prompts(self) -> None:
+        """Give the prompt cache the width of the longest prompt in the batch; keep one that is not four times too wide."""
+        rests = [len(request.prompt) - 1 - len(self.head_tokens) for request in self.request if request]
+        wanted = power_of_two(max(rests), _LEAST_BUCKET)
+        if self.prompts is None:
+            if wanted:
+                self.prompts = self._empty((self.groups,), wanted)
+            return
+        width = self.prompts.positions.shape[1]
+        if wanted > width or 0 < wanted <= width // 4:
+            self.prompts = rollout.restore(self.prompts, wanted)
+
+    def _start(self, row: int) -> None:
+        """Begin the group's next sample in this row, if one is left."""
+        group = row // self.plan.group
+        request = self.request[group]
+        if request is None or not self.pending[group]:
+            self.rows[row] = None
+            return
+        sample = self.pending[group].pop(0)
+        self.rows[row] = _Row(request, sample, time.monotonic(), self.clock)
+        self.ids[:, row] = request.item, sample
+        self._set(
+            row,
+            token=request.prompt[-1],
+            position=len(request.prompt) - 1,
+            fresh=True,
+            drawn=0,
+            budget=self.plan.max_new_tokens,
+            live=True,
+            queued=0,
+            mask=scores.FREE,
+        )
+
+    def _set(self, row: int, **values: int | bool) -> None:
+        for name, value in values.items():
+            self.state[name][row] = value
+
+    def _force(self, row: int, ended: bool) -> None:
+        """Let a row that ended without scores write the tail and then scores under the mask."""
+        sample, tail = self.rows[row], self.forcing.tail
+        sample.forced_from = len(sample.tokens)
+        token, position = int(self.state["token"][row]), int(self.state["position"][row])
+        queue = list(tail)
+        if ended:  # the end id was drawn but never fed: the tail's first token takes its place
+            token = queue.pop(0)
+            sample.tokens.append(token)
+            sample.log_probs.append(0.0)
+        self.state["queue"][row, : len(queue)] = queue
+        self._set(
+            row,
+            token=token,
+            position=position,
+            budget=self.forcing.budget(sample.request.numbers),
+            live=True,
+            queued=len(queue),
+            mask=self.forcing.table.start(sample.request.numbers),
+        )
+
+    def step(self) -> Iterator[Completion]:
+        """Decode for all rows, take what they wrote, and yield the samples that are whole; their rows begin anew."""
+        self._fit_ring()
+        spread = batch_sharding(self.model.mesh)
+        keys = rollout.row_keys(self.key, *jnp.asarray(self.ids))
+        state = rollout.Rows(**{name: jax.device_put(x, spread) for name, x in self.state.items()}, key=keys)
+        table = None
+        if self.forcing is not None and any(row and row.request.numbers for row in self.rows):
+            table = self.forcing.table
+        parts = tuple(part for part in (self.head, self.prompts) if part is not None)
+        self.ring, state, emitted = rollout.decode(
+            self.model.graph,
+            self.model.params,
+            parts,
+            self.ring,
+            state,
+            self.sampling,
+            table,
+            self.shape,
+            self.plan.steps,
+        )
+        names = list(self.state)
+        *values, tokens, log_probs, counts, clock = jax.device_get(
+            [
+                *(getattr(state, name) for name in names),
+                emitted.tokens,
+                emitted.log_probs,
+                emitted.count,
+                self.ring.clock,
+            ]
+        )
+        self.state = {name: np.array(value) for name, value in zip(names, values, strict=True)}
+        self.clock = int(clock)
+        for row, sample in enumerate(self.rows):
+            if sample is not None:
+                sample.tokens.extend(tokens[: counts[row], row].tolist())
+                sample.log_probs.extend(log_probs[: counts[row], row].tolist())
+                if not self.state["live"][row] and (done := self._finish(row, sample)):
+                    yield done
+
+    def _finish(self, row: int, sample: _Row) -> Completion | None:
+        """The completion of a row that is no longer live, or None if it now has to write its scores."""
+        drawn_end = bool(sample.tokens) and sample.tokens[-1] in self.sampling.eos_ids and sample.forced_from is None
+        if drawn_end:
+            sample.tokens.pop()
+            sample.log_probs.pop()
+        numbers = sample.request.numbers
+        may_force = self.forcing is not None and numbers and sample.forced_from is None
+        if may_force and not self.forcing.has_scores(sample.tokens, numbers):
+            self._force(row, drawn_end)
+            return None
+        ended = drawn_end or sample.forced_from is not None
+        completion = Completion(
+            sample.request,
+            sample.sample,
+            tuple(sample.tokens),
+            tuple(sample.log_probs),
+            ended,
+            sample.forced_from,
+            time.monotonic() - sample.started,
+        )
+        group = row // self.plan.group
+        self._start(row)
+        members = range(group * self.plan.group, (group + 1) * self.plan.group)
+        if all(self.rows[member] is None for member in members):
+            self.request[group] = None
+        return completion
+
+    def _fit_ring(self) -> None:
+        """Give the ring room for `steps` more tokens of the longest row; keep one that is not four times too long."""
+        oldest = max(self.clock - row.clock for row in self.rows if row)
+        wanted = power_of_two(oldest + self.plan.steps, _LEAST_RING)
+        slots = self.ring.own.positions.shape[1]
+        if wanted > slots or wanted <= slots // 4:
+            self.ring = rollout.resize(self.ring, wanted)
+
+
+def sample(
+    model: Model,
+    requests: Iterable[Request],
+    key: jax.Array,
+    plan: Plan,
+    sampling: Sampling,
+    head: Sequence[int] = (),
+    forcing: Forcing | None = None,
+) -> Iterator[Completion]:
+    """Sample every request, in a batch kept full, and yield completions as they end, in no order.
+
+    head: tokens that the prompts are expected to share; a prompt that starts otherwise makes the batch run empty and go on
+    with the shorter head that it does share. Raises ValueError, naming the item, for a prompt that is empty or longer than
+    the model's positions allow with its budget.
+    """
+    waiting = iter(requests)
+    batch: _Batch | None = None
+    request = next(waiting, None)
+    while request is not None or (batch and any(batch.rows)):
+        if batch is None:
+            batch = _Batch(model, plan, sampling, key, common_prefix([(*head, -1), request.prompt]), forcing)
+        admitted = []
+        for group in batch.free_groups():
+            if request is None:
+                break
+            check_length(model, request, plan, forcing)
+            shared = common_prefix([(*batch.head_tokens, -1), request.prompt])
+            if len(shared) < len(batch.head_tokens):
+                if admitted or any(batch.rows):
+                    break  # the batch runs empty first
+                batch.set_head(shared)
+            admitted.append((group, request))
+            request = next(waiting, None)
+        batch.admit(admitted)
+        yield from batch.step()
+
+
+def check_length(model: Model, request: Request, plan: Plan, forcing: Forcing | None) -> None:
+    """Raise ValueError unless the prompt, its budget and the forced tail fit the model's positions."""
+    extra = forcing.budget(request.numbers) if forcing and request.numbers else 0
+    needed = len(request.prompt) + plan.max_new_tokens + extra
+    if not request.prompt:
+        raise ValueError(f"item {request.item}: an empty prompt; give at least one token (the model's bos, say)")
+    if needed > model.config.max_positions:
+        raise ValueError(
+            f"item {request.item}: a prompt of {len(request.prompt)} tokens and up to {plan.max_new_tokens + extra} new "
+            f"ones do not fit the model's {model.config.max_positions} positions; shorten the prompt or max_new_tokens"
+        )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    slots: int = 32,
+) -> list[list[Completion]]:
+    """k samples of each prompt: result[i][j] is sample j of prompts[i].
+
+    Equal prompts share one prefill but have keys of their own: sample j of prompts[i] is a function of (key, i, j).
+    """
+    requests = [Request(tuple(prompt), item, tuple(range(k))) for item, prompt in enumerate(prompts)]
+    group = min(k, slots)
+    plan = Plan(max(1, min(len(prompts), slots // group)), group, max_new_tokens)
+    done: list[list[Completion | None]] = [[None] * k for _ in prompts]
+    head = common_prefix([request.prompt for request in requests]) if requests else ()
+    for completion in sample(model, requests, key, plan, sampling or Sampling(), head):
+        done[completion.request.item][completion.sample] = completion
+    return done

@@ -1,0 +1,222 @@
+"""The device's part of sampling: prefill a prompt once, then decode all of its samples in a while-loop.
+
+1. `prefill` runs prompts through the model and keeps their keys; each prompt stands in the cache once, however many
+   samples are drawn from it.
+2. `decode` feeds every live row its next token, draws one, and stops when all rows are done or `steps` have passed.
+   A row is fed its prompt's LAST token first, so prefill needs no logits and a row starts anywhere in the same way.
+3. Each row's own keys stand in a ring of T slots that all rows write at one common clock (one in-place slice write).
+   Every slot knows its position, so a row can end and another begin at any time: order within the ring is nothing.
+4. `resize` gives the ring another length, keeping each row's entries.
+
+A row may carry tokens that it is to write next whatever it would draw (`queue`), and a state of the automaton that masks
+what it draws afterwards: that is how scores are forced (`scores.ForceTable`).
+
+Shapes: P prompts, G samples a prompt, R = P * G rows, S cached prompt tokens, T ring slots, Q queued tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from grm_jax import scores
+from grm_jax.models.decoder import NOWHERE, Cache, Keys, Params, bind
+from grm_jax.sampler.draw import Sampling, draw
+
+
+def pytree(cls: type) -> type:
+    """A frozen dataclass whose fields are all data."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The state of the R rows of a batch.
+
+    token: the next one to feed; position: its position; fresh: a new row, to which nothing in its ring slots belongs;
+    drawn: how many tokens it has drawn (the fold of its key); budget: how many it may still write; live: still at it;
+    queue [R, Q]: what it has to write next, `queued` of them left, the next one first; mask: the automaton's state;
+    key: the row's own key, a function of (item, sample).
+    """
+
+    token: jax.Array
+    position: jax.Array
+    fresh: jax.Array
+    drawn: jax.Array
+    budget: jax.Array
+    live: jax.Array
+    queue: jax.Array
+    queued: jax.Array
+    mask: jax.Array
+    key: jax.Array
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Each row's own keys, a (R,) part of [R, K, T, H] a layer, written at slot `clock` % T."""
+
+    own: Keys
+    clock: jax.Array
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What `decode` wrote: tokens and log_probs [steps, R], and how many of the steps each row lived [R]."""
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    count: jax.Array
+
+
+def row_keys(key: Key[Array, ""], items: Int[Array, "R"], samples: Int[Array, "R"]) -> Key[Array, "R"]:
+    """One key a row: a function of the run's key, the item and the sample, so of nothing about batching."""
+    return jax.vmap(lambda item, sample: jax.random.fold_in(jax.random.fold_in(key, item), sample))(items, samples)
+
+
+@partial(jax.jit, static_argnames="graph")
+def prefill(
+    graph: nnx.GraphDef, params: Params, head: Keys | None, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+) -> Keys:
+    """Keys of prompts, right-padded to a bucket, behind the tokens that all of them share (`head`)."""
+    start = 0 if head is None else (head.positions > NOWHERE).sum()
+    slot = jnp.arange(tokens.shape[1])[None, :]
+    positions = jnp.where(slot < lengths[:, None], start + slot, NOWHERE)
+    _, cache = bind(graph, params)(tokens, positions, Cache(() if head is None else (head,)))
+    return cache.parts[-1]
+
+
+@partial(jax.jit, donate_argnames="prompts")
+def place(prompts: Keys, new: Keys, slots: Int[Array, "B"]) -> Keys:
+    """New prompts' keys [B, K, S', H] into the given slots of the batch [P, K, S, H], S' <= S; slot P is nobody's."""
+
+    def put(store: jax.Array, value: jax.Array) -> jax.Array:
+        return store.at[slots, :, : value.shape[2]].set(value, mode="drop")
+
+    width = prompts.positions.shape[1] - new.positions.shape[1]
+    positions = jnp.pad(new.positions, ((0, 0), (0, width)), constant_values=NOWHERE)
+    return Keys(
+        tuple(map(put, prompts.k, new.k)),
+        tuple(map(put, prompts.v, new.v)),
+        prompts.positions.at[slots].set(positions, mode="drop"),
+    )
+
+
+@partial(jax.jit, donate_argnames="prompts")
+def forget(prompts: Keys, slot: Int[Array, ""]) -> Keys:
+    """The batch's prompt cache with nothing in a slot: its prompt is no longer than the shared head."""
+    return dataclasses.replace(prompts, positions=prompts.positions.at[slot].set(NOWHERE))
+
+
+@partial(jax.jit, static_argnames="length")
+def restore(prompts: Keys, length: int) -> Keys:
+    """The batch's prompt cache with another number of slots a prompt; the last ones are added or dropped."""
+
+    def fit(store: jax.Array, axis: int, fill: int) -> jax.Array:
+        store = jax.lax.slice_in_dim(store, 0, min(length, store.shape[axis]), axis=axis)
+        pads = [(0, length - store.shape[axis]) if i == axis else (0, 0) for i in range(store.ndim)]
+        return jnp.pad(store, pads, constant_values=fill)
+
+    k, v = (tuple(fit(x, 2, 0) for x in side) for side in (prompts.k, prompts.v))
+    return Keys(k, v, fit(prompts.positions, 1, NOWHERE))
+
+
+@partial(jax.jit, static_argnames="length")
+def resize(ring: Ring, length: int) -> Ring:
+    """The ring with `length` slots: its newest entries, each where the clock will look for the slot to overwrite last."""
+    old = ring.own.positions.shape[1]
+    age = (ring.clock - 1 - jnp.arange(length)) % length  # 0 is the newest
+    source = (ring.clock - 1 - jnp.minimum(age, old - 1)) % old
+    k, v = (tuple(x[:, :, source] for x in side) for side in (ring.own.k, ring.own.v))
+    return Ring(Keys(k, v, jnp.where((age < old)[None, :], ring.own.positions[:, source], NOWHERE)), ring.clock)
+
+
+def _advance(
+    rows: Rows, logits_RV: Float[Array, "R V"], sampling: Sampling, table: scores.ForceTable | None
+) -> tuple[Rows, Int[Array, "R"], Float[Array, "R"]]:
+    """Rows after one more token each, the token, and its log-probability (0 where it came from the queue)."""
+    forced = rows.queued > 0
+    states = jnp.where(forced, scores.FREE, rows.mask)
+    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
+    if table is None:
+        drawn, log_probs = draw(logits_RV, keys, sampling)
+    else:
+        drawn, log_probs = jax.lax.cond(
+            (states != scores.FREE).any(),
+            lambda: draw(logits_RV, keys, sampling, scores.mask(table, states)),
+            lambda: draw(logits_RV, keys, sampling),
+        )
+        states = scores.advance(table, states, drawn)
+    token = jnp.where(forced, rows.queue[:, 0], drawn)
+    ended = jnp.zeros_like(rows.live)
+    for eos in sampling.eos_ids:
+        ended |= (token == eos) & ~forced
+    budget = rows.budget - 1
+    ended |= (budget <= 0) | (~forced & (states == scores.DONE))
+    after = Rows(
+        token=jnp.where(rows.live, token, rows.token),
+        position=rows.position + rows.live,
+        fresh=jnp.zeros_like(rows.fresh),
+        drawn=rows.drawn + (rows.live & ~forced),
+        budget=jnp.where(rows.live, budget, rows.budget),
+        live=rows.live & ~ended,
+        queue=jnp.where(forced[:, None], jnp.roll(rows.queue, -1, axis=1), rows.queue),
+        queued=jnp.maximum(rows.queued - 1, 0),
+        mask=jnp.where(rows.live & ~forced, states, rows.mask),
+        key=rows.key,
+    )
+    return after, token, jnp.where(forced, 0.0, log_probs)
+
+
+@partial(jax.jit, static_argnames=("graph", "sampling", "steps"), donate_argnames="ring")
+def decode(
+    graph: nnx.GraphDef,
+    params: Params,
+    parts: tuple[Keys, ...],
+    ring: Ring,
+    rows: Rows,
+    sampling: Sampling,
+    table: scores.ForceTable | None,
+    shape: Bool[Array, "P G"],
+    steps: int,
+) -> tuple[Ring, Rows, Emitted]:
+    """Up to `steps` tokens a row: a while-loop that stops when no row is live.
+
+    parts: the cache's shared parts, () or (P,) leading. `shape` carries P and G alone: row p * G + g is a sample of
+    prompt p. A row has to end within T steps of the one it began at, or it would overwrite itself.
+    """
+    model = bind(graph, params)
+    count, slots = ring.own.positions.shape
+    positions = jnp.where(rows.fresh[:, None], NOWHERE, ring.own.positions)
+    ring = Ring(dataclasses.replace(ring.own, positions=positions), ring.clock)
+    blank = Emitted(
+        jnp.zeros((steps, count), jnp.int32), jnp.zeros((steps, count), jnp.float32), jnp.zeros(count, jnp.int32)
+    )
+
+    def body(state: tuple[jax.Array, Ring, Rows, Emitted]) -> tuple[jax.Array, Ring, Rows, Emitted]:
+        step, ring, rows, emitted = state
+        positions = jnp.where(rows.live, rows.position, NOWHERE).reshape(shape.shape)
+        cache = Cache(parts, ring.own, ring.clock % slots)
+        hidden, cache = model(rows.token.reshape(shape.shape), positions, cache)
+        logits_RV = model.logits(hidden).reshape(count, -1)
+        after, token, log_prob = _advance(rows, logits_RV, sampling, table)
+        emitted = Emitted(
+            jax.lax.dynamic_update_slice_in_dim(emitted.tokens, token[None], step, 0),
+            jax.lax.dynamic_update_slice_in_dim(emitted.log_probs, log_prob[None], step, 0),
+            emitted.count + rows.live,
+        )
+        return step + 1, Ring(cache.own, ring.clock + 1), after, emitted
+
+    def busy(state: tuple[jax.Array, Ring, Rows, Emitted]) -> Bool[Array, ""]:
+        return (state[0] < steps) & state[2].live.any()
+
+    _, ring, rows, emitted = jax.lax.while_loop(busy, body, (jnp.int32(0), ring, rows, blank))
+    return ring, rows, emitted

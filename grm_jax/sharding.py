@@ -1,0 +1,57 @@
+"""One mesh, and a table from the parameters' logical axes to its axes.
+
+`data` splits the batch, `fsdp` splits parameters over their model width, `tensor` splits heads, MLP and vocabulary.
+Programs are plain `jax.jit`: arrays carry `NamedSharding`s, and the compiler places the collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    "head": None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of data x fsdp x tensor devices, the first ones of `devices` (default: this process's).
+
+    Raises ValueError when a size is not positive or there are fewer devices than the mesh wants.
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    sizes = (data, fsdp, tensor)
+    if min(sizes) < 1 or math.prod(sizes) > len(devices):
+        raise ValueError(
+            f"a mesh of data x fsdp x tensor = {data} x {fsdp} x {tensor} does not fit {len(devices)} devices: "
+            f"each size is at least 1 and their product at most {len(devices)}"
+        )
+    return jax.make_mesh(
+        sizes, AXES, devices=devices[: math.prod(sizes)], axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    )
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """Where a parameter with these logical axes lies. Raises ValueError, naming it, when a size does not divide."""
+    names = [None if axis is None else RULES[axis] for axis in axes]
+    for size, axis, logical in zip(shape, names, axes, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}: its axis {logical!r} of size {size} does not divide over the mesh axis {axis!r} of "
+                f"{mesh.shape[axis]} devices; use a divisor of {size}"
+            )
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def batch_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding of an array whose leading axis is the batch; further axes by their logical names."""
+    return NamedSharding(mesh, PartitionSpec("data", *(None if axis is None else RULES[axis] for axis in axes)))

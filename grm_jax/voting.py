@@ -1,0 +1,88 @@
+"""The vote over k judgments of an example, for every k' <= k at once.
+
+1. The scores of the judgments are summed, response by response; failed parses are left out (Eq. 14).
+2. The response with the highest sum wins, the first of them at a tie; two sums tie when they are exactly equal.
+3. With the right answer known, a verdict is worth 1 or 0, and at a tie what a fair draw among the best is worth.
+
+Written for one example and mapped over many by `vote_batch`. A weight multiplies a judgment's scores: 1 and 0 keep and
+drop judgments (the meta RM's choice), which the paper's sums are; other weights are this module's extension.
+
+Letters: E examples, K judgments, N responses (the most that an example of the batch has).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+@no_type_check  # JAX rebuilds a pytree around placeholders too
+@partial(jax.tree_util.register_dataclass, data_fields=("sums", "best", "tie", "valid"), meta_fields=())
+@dataclass(frozen=True)
+class Tally:
+    """The vote after 1..K judgments; `vote_batch` puts the examples' axis in front of each field."""
+
+    sums: Float[Array, "*E K N"]  # summed scores; 0 for columns that are no response
+    best: Int[Array, "*E K"]  # index of the highest sum, the first of them at a tie
+    tie: Bool[Array, "*E K"]  # whether more than one response has the highest sum
+    valid: Int[Array, "*E K"]  # judgments that had scores
+
+
+def vote(
+    scores: Num[Array, "K N"],
+    valid: Bool[Array, "K"],
+    count: Int[Array, ""] | int,
+    weights: Float[Array, "K"] | None = None,
+) -> Tally:
+    """S*_i = sum over the first k' valid judgments of S_i (Eq. 14), its argmax and whether it ties, for k' = 1..K.
+
+    `count` is the number of responses (at least 1): columns behind it are padding, whatever they hold, and never win.
+    Rows that are not valid may hold anything. No valid judgment: all sums are 0, a tie of all, the first is best.
+    Integer scores are summed as integers, so sums are exact up to 2^24; with weights, sums carry float32's rounding and
+    tie only when they come out equal.
+    """
+    real_N = jnp.arange(scores.shape[1]) < count
+    wide = jnp.int32 if jnp.issubdtype(scores.dtype, jnp.integer) else jnp.float32
+    kept_KN = jnp.where(valid[:, None] & real_N[None], scores.astype(wide), 0)
+    if weights is not None:
+        kept_KN = jnp.where(valid, weights, 0.0)[:, None] * kept_KN
+    sums_KN = jnp.cumsum(kept_KN, axis=0).astype(jnp.float32)
+    tied_KN = _tied(sums_KN, real_N)
+    return Tally(
+        sums=sums_KN,
+        best=jnp.argmax(tied_KN, axis=1),
+        tie=jnp.sum(tied_KN, axis=1) > 1,
+        valid=jnp.cumsum(valid.astype(jnp.int32)),
+    )
+
+
+@jax.jit
+def vote_batch(
+    scores: Num[Array, "E K N"],
+    valid: Bool[Array, "E K"],
+    counts: Int[Array, "E"],
+    weights: Float[Array, "E K"] | None = None,
+) -> Tally:
+    """`vote` for many examples at once; every field of the Tally has E in front."""
+    return jax.vmap(vote)(scores, valid, counts, weights)
+
+
+def expected_accuracy(
+    sums: Float[Array, "K N"], count: Int[Array, ""] | int, correct: Int[Array, ""] | int
+) -> Float[Array, "K"]:
+    """What the verdict after 1..K judgments is worth when `correct` is the best response's index (spct section 1).
+
+    1 / (number of responses with the highest sum) if `correct` is among them, else 0: the expectation of an argmax over
+    shuffled responses. Takes a Tally's sums; map it over examples with jax.vmap.
+    """
+    tied_KN = _tied(sums, jnp.arange(sums.shape[1]) < count)
+    return tied_KN[:, correct] / jnp.sum(tied_KN, axis=1)
+
+
+def _tied(sums_KN: Float[Array, "K N"], real_N: Bool[Array, "N"]) -> Bool[Array, "K N"]:
+    """The responses whose sum is the highest."""
+    real_sums_KN = jnp.where(real_N[None], sums_KN, -jnp.inf)
+    return (real_sums_KN == jnp.max(real_sums_KN, axis=1, keepdims=True)) & real_N[None]

@@ -1,0 +1,1 @@
+"""Floor 3: weights from files into parameters."""

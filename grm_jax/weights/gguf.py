@@ -1,0 +1,145 @@
+"""Weights and numbers of a GGUF file, read with the `gguf` package.
+
+What happens:
+1. `Reader` memory-maps the file and decodes its metadata; `config` turns that into a `DecoderConfig`;
+2. `load` holds the tensors' names and shapes against the table of names;
+3. tensor by tensor: slabs of rows are dequantised to float32, put into our order (llama's q and k rows are permuted,
+   Gemma's norms have 1 added) and converted into the parameter's dtype and sharding.
+
+A remote file (gs://) is copied to local disk while it is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+from etils import epath
+from gguf import GGMLQuantizationType, GGUFValueType
+from gguf.gguf_reader import ReaderTensor
+
+from grm_jax.models import families
+from grm_jax.models.config import DecoderConfig
+from grm_jax.weights import names
+from grm_jax.weights.placement import local_file, place
+
+_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+_OUTPUT = "output.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+_PERMUTED = "llama"  # the architecture whose q and k rows the converter interleaves
+
+
+class Reader(gguf.GGUFReader):
+    """gguf's reader with its arrays decoded in bulk, not one element at a time.
+
+    A vocabulary of 49,152 tokens and its merges take 0.2 s and 30 MB so, against 5.6 s and 160 MB.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Slices of a memmap cost several times those of a plain array over the same memory.
+        super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if kind == GGUFValueType.STRING:
+            memory, parts = memoryview(self.data), []
+            for _ in range(count):
+                (size,) = struct.unpack_from("<Q", memory, start)
+                parts.append(memory[start + 8 : start + 8 + size])
+                start += 8 + size
+            return start - orig_offs, parts, list(range(count)), [GGUFValueType.ARRAY, kind]
+        if kind not in self.gguf_scalar_to_np:
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(start, self.gguf_scalar_to_np[kind], count)
+        return 12 + values.nbytes, [values], [0], [GGUFValueType.ARRAY, kind]
+
+
+def read_config(path: epath.PathLike) -> DecoderConfig:
+    """The numbers of a GGUF file's model."""
+    with local_file(epath.Path(path)) as file:
+        return _config(_open(file, str(path)), str(path))
+
+
+def load(path: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters `targets` describes, by path, from a GGUF file.
+
+    Raises ValueError for names, shapes or quantisation types that do not fit.
+    """
+    with local_file(epath.Path(path)) as file:
+        reader = _open(file, str(path))
+        table = names.gguf(_config(reader, str(path)), interleaved=_architecture(reader) == _PERMUTED)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        names.check(table, tensors, targets, str(path))
+        for name, slot in table.slots.items():
+            _check_type(tensors[name], str(path))
+            names.check_shape(slot, _shape(tensors[name]), targets[slot.parameter].shape, name, str(path))
+        return {
+            slot.parameter: _load_tensor(tensors[name], slot, targets[slot.parameter])
+            for name, slot in table.slots.items()
+        }
+
+
+def _open(file: Path, source: str) -> Reader:
+    try:
+        return Reader(file)
+    except ValueError as error:  # a wrong magic number or version, or tensors beyond the file's end
+        raise ValueError(f"{source} is no complete GGUF file: {error}; fetch it again") from error
+
+
+def _config(reader: Reader, source: str) -> DecoderConfig:
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.") and field.types
+    }
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{source} has no tensor token_embd.weight; give the GGUF file of a whole language model")
+    factors = tensors.get(_ROPE_FACTORS)
+    return families.from_gguf(
+        fields,
+        vocab_size=_shape(tensors["token_embd.weight"])[0],
+        tied=_OUTPUT not in tensors,
+        rope_factors=None if factors is None else factors.data.tolist(),
+    )
+
+
+def _architecture(reader: Reader) -> str:
+    return reader.fields["general.architecture"].contents()
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """Rows first: GGUF writes the contiguous axis first."""
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _check_type(tensor: ReaderTensor, source: str) -> None:
+    if tensor.tensor_type.name not in _TYPES:
+        raise ValueError(
+            f"{source}: tensor {tensor.name} is {tensor.tensor_type.name}, known are {', '.join(_TYPES)}; give a file "
+            "quantised to one of these"
+        )
+
+
+def _load_tensor(tensor: ReaderTensor, slot: names.Slot, target: jax.ShapeDtypeStruct) -> jax.Array:
+    per_row = slot.shape[0] // target.shape[0]  # a head's rows, where the parameter's leading axis is heads
+    # A vector is one row of blocks, so it is dequantised whole.
+    vector = _dequantise(tensor.data, tensor.tensor_type) if len(slot.shape) == 1 else None
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start * per_row, stop * per_row
+        stored = _dequantise(tensor.data[first:last], tensor.tensor_type) if vector is None else vector[first:last]
+        return slot.arrange(stored.reshape(stop - start, *target.shape[1:]))
+
+    return place(target, rows)
+
+
+def _dequantise(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    return gguf.quants.dequantize(data, kind)

@@ -1,0 +1,16 @@
+"""Every test runs on 8 simulated CPU devices, with warnings as errors and silent rank promotion refused."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("grm_jax", "beartype.beartype"):  # shapes of public functions are checked at every call
+    import grm_jax  # noqa: F401
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
