@@ -1,4 +1,4 @@
-"""The records that cross module borders, all frozen: what is judged, one judgment of it, and the vote over its judgments."""
+"""The records that cross module borders, all frozen: what is judged, a judgment of it, the vote over its judgments."""
 
 from __future__ import annotations
 

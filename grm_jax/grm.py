@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from grm_jax import prompts, scores, voting
 from grm_jax import tokenizer as tokenizers
+from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
 from grm_jax.models.decoder import Model, bind, split_abstract
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
@@ -39,31 +39,6 @@ from grm_jax.weights.load import load_params, read_config
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
 _DECK = 5040  # orders enumerated at most (7!); beyond, each sample's order is drawn by itself
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeSettings:
-    """How judgments are sampled; the defaults are the paper's (section 5) where it gives them."""
-
-    votes: int = 8  # k, samples an example
-    temperature: float = 0.5
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    max_new_tokens: int = 512
-    force_scores: bool = True  # sample scores under the automaton's mask where a text holds none
-    template: str | None = None  # a name or file; None takes the default for the number of responses
-    slots: int = 32  # samples decoded at once
-
-    def __post_init__(self) -> None:
-        for name in ("votes", "max_new_tokens", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
-        self.sampling(())
-
-    def sampling(self, eos_ids: tuple[int, ...]) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, eos_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +212,7 @@ def _judge_with(
 
     plan = _plan(examples, settings)
     key = jax.random.key(settings.seed, impl="threefry2x32")
-    sampling = settings.sampling(tokenizer.eos_ids)
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, tokenizer.eos_ids)
     for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing):
         task = task_of[id(completion.request)]
         task.started.append(time.monotonic() - completion.seconds)
@@ -306,7 +281,7 @@ def verdict(example: Example, judgments: Sequence[Judgment], usage: Usage) -> Ve
 
 def load(
     model: str = "smollm2-135m",
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Dtype | None = None,
     devices: int | None = None,
 ) -> Grm:
     """Load a judge: an embedded model by name, a Hugging Face folder, or a .gguf file (local or gs://).

@@ -85,4 +85,4 @@ def expected_accuracy(
 def _tied(sums_KN: Float[Array, "K N"], real_N: Bool[Array, "N"]) -> Bool[Array, "K N"]:
     """The responses whose sum is the highest."""
     real_sums_KN = jnp.where(real_N[None], sums_KN, -jnp.inf)
-    return (real_sums_KN == jnp.max(real_sums_KN, axis=1, keepdims=True)) & real_N[None]
+    return real_sums_KN == jnp.max(real_sums_KN, axis=1, keepdims=True)

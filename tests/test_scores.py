@@ -125,7 +125,7 @@ def test_parse_refuses_what_no_prompt_can_ask_for(n, low, high):
         scores.parse(r"\boxed{1}", n, low, high)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 @given(hostile_texts(), st.integers(1, N))
 def test_parse_equals_its_definition_as_a_regex(text, n):
     boxes = re.findall(r"\\boxed\{((?:(?!\\boxed\{)[^}])*)\}", text)
@@ -259,7 +259,7 @@ def test_reader_equals_parser_on_encoded_texts(vocabulary):
     table = scores.token_table(vocabulary.token_bytes)
     seen = set()
 
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=30)
     @given(st.lists(st.tuples(cut_texts(), st.integers(1, N)), min_size=1, max_size=B))
     def check(cases):
         rows = [[i for piece in pieces for i in vocabulary.encode(piece)][:T] for pieces, _ in cases]
@@ -282,7 +282,7 @@ def test_reader_equals_parser_on_random_tokens(vocabulary):
     stretches = st.one_of(token_ids.map(lambda i: [i]), st.just(opening), st.just(vocabulary.encode(" 8, 7}")))
     rows_of_tokens = st.lists(stretches, max_size=12).map(lambda parts: list(chain(*parts)))
 
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=30)
     @given(st.lists(st.tuples(rows_of_tokens, st.integers(1, N)), min_size=1, max_size=B))
     def check(cases):
         rows = [row[:T] for row, _ in cases]
@@ -307,7 +307,7 @@ def padded_table(token_bytes: Sequence[bytes]) -> scores.TokenTable:
 NEAR_BOXES = st.text("001129+--  ,,", max_size=9).map(lambda content: f"\\boxed{{{content}}}")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(cut_texts() | cut_texts(NEAR_BOXES), st.integers(1, N)), min_size=1, max_size=B))
 def test_reader_equals_parser_whatever_the_vocabulary(cases):
     """Each row's pieces are tokens: any cut of any text, so every token that a vocabulary could hold."""

@@ -52,7 +52,7 @@ def check(cases, dtype, weighted: bool) -> None:
             assert float(accuracy[e, k]) == pytest.approx(float(worth), abs=1e-7)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(ballots(st.integers(1, 4)), min_size=E, max_size=E), st.booleans())
 def test_vote_equals_slow_reference(cases, weighted):
     check(cases, jnp.int32, weighted)
@@ -96,6 +96,5 @@ def test_a_prefix_is_the_vote_of_fewer_judgments():
     valid = jnp.array([True, False, True, True, False, True])
     vote = jax.jit(voting.vote)
     whole = vote(scores, valid, jnp.int32(3))
-    for k in (1, 4):
-        fewer = vote(scores[:k], valid[:k], jnp.int32(3))
-        jax.tree.map(lambda a, b, k=k: np.testing.assert_array_equal(a[k - 1], b[-1]), whole, fewer)
+    fewer = vote(scores[:4], valid[:4], jnp.int32(3))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:4], b), whole, fewer)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from grm_jax.config import check_sampling
+
 _BLOCK = 256  # vocabulary entries summed at once
 
 
@@ -30,15 +32,7 @@ class Sampling:
     eos_ids: tuple[int, ...] = ()  # a drawn one ends the row
 
     def __post_init__(self) -> None:
-        rules = (
-            ("temperature", self.temperature, "0 (greedy) or more", 0 <= self.temperature < float("inf")),
-            ("top_k", self.top_k, "0 (all) or more", self.top_k >= 0),
-            ("top_p", self.top_p, "above 0, at most 1 (all)", 0 < self.top_p <= 1),
-            ("min_p", self.min_p, "0 (all) to 1", 0 <= self.min_p <= 1),
-        )
-        for name, value, rule, holds in rules:
-            if not holds:
-                raise ValueError(f"{name} = {value}: it has to be {rule}")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def restrict(logits_RV: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:

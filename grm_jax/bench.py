@@ -1,0 +1,182 @@
+"""`bench sample`: how fast prompts are prefilled and tokens sampled, against what this machine can do.
+
+1. Both ceilings are measured first, in this run: FLOP/s of a large matrix product in the weights' dtype, and bytes/s of
+   reading a large array.
+2. Each row of the table samples `votes` continuations of `batch` random prompts, once to compile and `repeats` times
+   timed; the prefill alone is timed beside it, and what is left is decoding.
+3. FLOPs and bytes are counted from the config: each step reads every weight, each prompt's cache once and each row's own
+   tokens; each token costs two FLOPs a matrix weight, and its attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from grm_jax.config import BenchConfig
+from grm_jax.grm import load
+from grm_jax.models.config import DecoderConfig
+from grm_jax.models.decoder import Model
+from grm_jax.sampler import Sampling, generate, rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What this machine reached: FLOP/s of a matrix product and bytes/s of a read."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One row: rates are tokens/s (medians), shares are of the ceilings, spread is (max - min) / median of the runs."""
+
+    batch: int
+    votes: int
+    seconds: float
+    spread: float
+    tokens_per_second: float  # sampled tokens, prefill included
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_flops_share: float
+    decode_bytes_share: float
+    prefill_flops_share: float
+    peak_bytes: int
+
+
+def run(config: BenchConfig) -> None:
+    """Measure every row, print the table, and write the JSON file when one is asked for."""
+    model = load(config.model, config.dtype).model
+    limit = model.config.max_positions
+    if config.prompt_tokens + config.new_tokens > limit:
+        raise ValueError(
+            f"prompt_tokens + new_tokens = {config.prompt_tokens + config.new_tokens}: {config.model} has {limit} "
+            "positions; ask for fewer"
+        )
+    ceilings = measure_ceilings(model.dtype)
+    rows = [measure(model, config, batch, votes, ceilings) for batch in config.batch for votes in config.votes]
+    _print(config, model, ceilings, rows)
+    if config.json:
+        report = {
+            "config": dataclasses.asdict(config),
+            "device": jax.devices()[0].device_kind,
+            "dtype": str(model.dtype),
+            "ceilings": dataclasses.asdict(ceilings),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after one that compiles."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def measure_ceilings(dtype: jnp.dtype, size: int = 2048, array_bytes: int = 1 << 29) -> Ceilings:
+    """The best of five: a product of two [size, size] matrices, and a maximum over `array_bytes` of float32."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
+    x = jnp.ones(array_bytes // 4, jnp.float32)
+    parts = 2 * jax.local_device_count() if jax.default_backend() != "cpu" else 8
+    read = jax.jit(lambda x: x.reshape(parts, -1).max(axis=1))
+    return Ceilings(
+        flops=2 * size**3 / min(timed(lambda: product(a, a), 5)), bytes=array_bytes / min(timed(lambda: read(x), 5))
+    )
+
+
+def matrix_weights(c: DecoderConfig) -> int:
+    """Weights that every token is multiplied with, the head included."""
+    attention = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
+    return c.layers * (attention + 3 * c.dim * c.mlp_dim) + c.vocab_size * c.dim
+
+
+def attention_flops(c: DecoderConfig, context: float) -> float:
+    """FLOPs of one token's attention over `context` tokens, all layers."""
+    return 4 * c.layers * c.heads * c.head_dim * context
+
+
+def measure(model: Model, config: BenchConfig, batch: int, votes: int, ceilings: Ceilings) -> Measured:
+    """Time one row of the table."""
+    c, itemsize = model.config, model.dtype.itemsize
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, c.vocab_size, (batch, config.prompt_tokens)).tolist()
+    sampling, key = Sampling(temperature=0.5), jax.random.key(0, impl="threefry2x32")
+
+    def sample() -> None:
+        generate(model, prompts, votes, key, max_new_tokens=config.new_tokens, sampling=sampling, slots=batch * votes)
+
+    tokens, lengths = jnp.asarray(prompts)[:, :-1], jnp.full(1, config.prompt_tokens - 1)
+
+    def prefill() -> object:
+        return [rollout.prefill(model.graph, model.params, None, row[None], lengths) for row in tokens]
+
+    runs = timed(sample, config.repeats)
+    seconds = statistics.median(runs)
+    prefill_seconds = statistics.median(timed(prefill, config.repeats))
+    decode_seconds = max(seconds - prefill_seconds, 1e-9)
+    rows, steps = batch * votes, config.new_tokens
+    own = steps / 2  # tokens that a row has written, on average
+    decode_flops = rows * steps * (2 * matrix_weights(c) + attention_flops(c, config.prompt_tokens + own))
+    cached = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # bytes a token
+    decode_bytes = steps * (matrix_weights(c) * itemsize + cached * (batch * config.prompt_tokens + rows * own))
+    body = matrix_weights(c) - c.vocab_size * c.dim  # a prefill does not go through the head
+    prefill_flops = batch * config.prompt_tokens * (2 * body + attention_flops(c, config.prompt_tokens / 2))
+    return Measured(
+        batch=batch,
+        votes=votes,
+        seconds=seconds,
+        spread=(max(runs) - min(runs)) / seconds,
+        tokens_per_second=rows * steps / seconds,
+        prefill_tokens_per_second=batch * config.prompt_tokens / prefill_seconds,
+        decode_tokens_per_second=rows * steps / decode_seconds,
+        decode_flops_share=decode_flops / decode_seconds / ceilings.flops,
+        decode_bytes_share=decode_bytes / decode_seconds / ceilings.bytes,
+        prefill_flops_share=prefill_flops / prefill_seconds / ceilings.flops,
+        peak_bytes=peak_bytes(),
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory held so far: of the device where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _print(config: BenchConfig, model: Model, ceilings: Ceilings, rows: list[Measured]) -> None:
+    console = Console()
+    console.print(
+        f"{config.model}, {model.dtype}, {jax.devices()[0].device_kind}: {config.prompt_tokens} prompt tokens, "
+        f"{config.new_tokens} new ones; ceilings {ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s"
+    )
+    table = Table(
+        *("batch", "votes", "seconds", "spread", "tokens/s", "prefill/s", "decode/s"),
+        *("decode FLOPs", "decode bytes", "prefill FLOPs", "peak GB"),
+    )
+    for row in rows:
+        table.add_row(
+            *(str(row.batch), str(row.votes), f"{row.seconds:.2f}", f"{row.spread:.0%}"),
+            *(f"{row.tokens_per_second:.0f}", f"{row.prefill_tokens_per_second:.0f}"),
+            *(f"{row.decode_tokens_per_second:.0f}", f"{row.decode_flops_share:.0%}", f"{row.decode_bytes_share:.0%}"),
+            *(f"{row.prefill_flops_share:.0%}", f"{row.peak_bytes / 1e9:.2f}"),
+        )
+    console.print(table)

@@ -1,0 +1,132 @@
+"""What a user sets, as frozen dataclasses: typed, checked when made, and parsed from the command line by `parse`.
+
+No array library is imported here, so `--help` and errors about settings are quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeSettings:
+    """How judgments are sampled; the defaults are the paper's (section 5) where it gives them."""
+
+    votes: int = 8
+    """k: judgments sampled for each example"""
+    temperature: float = 0.5
+    """0 is greedy"""
+    top_k: int = 0
+    """draw from this many likeliest tokens; 0 is all"""
+    top_p: float = 1.0
+    """draw from the likeliest tokens that reach this probability; 1 is all"""
+    min_p: float = 0.0
+    """draw from tokens at least this likely relative to the likeliest; 0 is all"""
+    seed: int = 0
+    """samples and orders are a function of it, of each example's id and of the sample's index"""
+    max_new_tokens: int = 512
+    """tokens that a judgment may have (forced scores come on top)"""
+    force_scores: bool = True
+    """where a judgment holds no valid box, open one and sample the scores under a mask"""
+    template: str | None = None
+    """a template's name or file; by default the one for the number of responses"""
+    slots: int = 32
+    """samples decoded at once"""
+
+    def __post_init__(self) -> None:
+        for name in ("votes", "max_new_tokens", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}: it has to be 0 to 2^32 - 1")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Raise ValueError, naming value and rule, for numbers that no distribution has."""
+    rules = (
+        ("temperature", temperature, "0 (greedy) or more", 0 <= temperature < float("inf")),
+        ("top_k", top_k, "0 (all) or more", top_k >= 0),
+        ("top_p", top_p, "above 0, at most 1 (all)", 0 < top_p <= 1),
+        ("min_p", min_p, "0 (all) to 1", 0 <= min_p <= 1),
+    )
+    for name, value, rule, holds in rules:
+        if not holds:
+            raise ValueError(f"{name} = {value}: it has to be {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig(JudgeSettings):
+    """Judge conversations with n >= 1 responses each, vote, and write one verdict a row."""
+
+    input: str = "examples"
+    """JSON Lines (.gz too, local or gs://), "-" for standard input, "examples" for those of the package"""
+    output: str = "verdicts.jsonl"
+    """where verdicts go, "-" for standard output; a run that was interrupted goes on there"""
+    model: str = "smollm2-135m"
+    """an embedded model's name, a Hugging Face folder or a .gguf file"""
+    dtype: Dtype | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    devices: int | None = None
+    """devices that share the batch; by default one on CPU, all elsewhere"""
+    skip_bad: bool = False
+    """leave bad rows out and count them, instead of stopping before the model is loaded"""
+    overwrite: bool = False
+    """start anew where the output exists"""
+    show: bool = False
+    """print each example's best-supported judgment and a table of its votes"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input == self.output and self.input != "-":
+            raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Time prefill and decode on random prompts, against what this machine can do."""
+
+    model: str = "smollm2-135m"
+    """an embedded model's name, a Hugging Face folder or a .gguf file"""
+    dtype: Dtype | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    prompt_tokens: int = 1024
+    """tokens of each prompt"""
+    new_tokens: int = 128
+    """tokens sampled of each, with no end id"""
+    batch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N[,N...]")] = (1,)
+    """distinct prompts at once, one row of the table each"""
+    votes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K[,K...]")] = (1, 8, 32)
+    """samples of each prompt, one row of the table each"""
+    repeats: int = 3
+    """timed runs of each row; the table shows their median and spread"""
+    json: str | None = None
+    """a file for all numbers"""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+        for name in ("batch", "votes"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give numbers of at least 1, such as 1,8,32")
+
+
+def parse(kind: type[Config], args: Sequence[str], prog: str) -> Config:
+    """The config that the arguments describe. Lists of numbers may be written 1,8,32. Raises ValueError as `kind` does."""
+    lists = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}
+    spread = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        spread += [name, value] if equals and name in lists else [arg]
+    args = [
+        part for i, arg in enumerate(spread) for part in (arg.split(",") if i and spread[i - 1] in lists else [arg])
+    ]
+    return tyro.cli(kind, args=args, prog=prog)

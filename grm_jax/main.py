@@ -1,0 +1,66 @@
+"""The command line: `python -m grm_jax.main COMMAND ...`, one function a command.
+
+Bad input and bad settings end with one line on standard error and exit code 2; `--help` loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from grm_jax import log
+from grm_jax.config import BenchConfig, ScoreConfig, parse
+
+
+def score(args: Sequence[str]) -> None:
+    """judge responses and write verdicts"""
+    config = parse(ScoreConfig, args, "grm_jax.main score")
+    from grm_jax.score import run
+
+    run(config)
+
+
+def bench(args: Sequence[str]) -> None:
+    """`bench sample`: time prefill and decode against this machine's ceilings"""
+    if args[:1] != ["sample"]:
+        raise ValueError(f"bench {' '.join(args[:1])}: known is `bench sample`; try `bench sample --help`")
+    config = parse(BenchConfig, args[1:], "grm_jax.main bench sample")
+    from grm_jax.bench import run
+
+    run(config)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": score, "bench": bench}
+
+
+def usage() -> str:
+    lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: python -m grm_jax.main COMMAND [--help] ...", "", "commands:", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for bad input or settings, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"{argv[0]!r} is no command\n{usage()}", file=sys.stderr)
+        return 2
+    log.to_stderr()
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of standard output has gone, as `head` does
+        sys.stderr.close()
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
