@@ -206,9 +206,8 @@ def _read_row(
 ) -> tuple[Int[Array, "N"], Bool[Array, ""]]:
     zero, none = jnp.int32(0), jnp.zeros(max_n, jnp.int32)
     start = _Reader(zero, zero + _OUTSIDE, zero, zero + 1, none, none, jnp.bool_(False))
-    # Eight symbols an iteration: the work of one is less than what an iteration costs.
     symbols = symbols_TL.reshape(-1).astype(jnp.int32)
-    end, _ = jax.lax.scan(lambda reader, symbol: (_step(reader, symbol, count), None), start, symbols, unroll=8)
+    end, _ = jax.lax.scan(lambda reader, symbol: (_step(reader, symbol, count), None), start, symbols)
     shown = end.valid & (jnp.arange(max_n) < count)
     return jnp.where(shown, jnp.clip(end.scores, low, high), -1), end.valid
 

@@ -350,13 +350,15 @@ def from_gguf(source: Any) -> Tokenizer:
     """Read the tokenizer of a GGUF file, of model 'gpt2' (byte-level BPE) or 'llama' (sentencepiece BPE).
 
     Args:
-        source: a path, or the reader that `vocab.open_gguf` gave: opened once, it serves tokenizer and weights.
+        source: a path, or the reader that `open_gguf` gave: opened once, it serves tokenizer and weights.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file, one without a vocabulary, or a kind of vocabulary that is not known.
     """
-    reader = vocabs.open_gguf(source) if isinstance(source, str | PathLike) else source
+    from grm_jax.gguf_file import open_gguf
+
+    reader = open_gguf(source) if isinstance(source, str | PathLike) else source
     try:
         return _gguf_tokenizer(reader)
     except ValueError as error:

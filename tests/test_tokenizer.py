@@ -17,8 +17,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from grm_jax.datatypes import Message
+from grm_jax.gguf_file import open_gguf
 from grm_jax.tokenizer import ByteTokenizer, Tokenizer, fold, from_folder, from_gguf
-from grm_jax.vocab import ByteVocab, FastVocab, byte_level_tokenizer, byte_symbols, open_gguf
+from grm_jax.vocab import ByteVocab, FastVocab, byte_level_tokenizer, byte_symbols
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokens.json").read_text())
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
@@ -352,7 +353,7 @@ def test_a_cut_gguf_is_named(tmp_path):
     for size in [*range(0, len(data) - 64, 97), 3, 4, 5, 23, 24]:
         cut = tmp_path / "cut.gguf"
         cut.write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"cut\.gguf \(\d+ bytes\) is no whole GGUF file"):
+        with pytest.raises(ValueError, match=r"cut\.gguf \(\d+ bytes\) is no complete GGUF file"):
             from_gguf(cut)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,82 +26,12 @@ from grm_jax import scores
 from grm_jax.models.decoder import NOWHERE, Keys, Model
 from grm_jax.sampler import rollout
 from grm_jax.sampler.draw import Sampling
+from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_length, common_prefix, power_of_two
 from grm_jax.sharding import batch_sharding
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
 _LEAST_RING = 128  # slots of the smallest ring
 _HEAD_STEP = 64  # the shared head is padded to a multiple of this
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Samples wanted of one distinct prompt: `samples` are indices, folded with `item` into each sample's key.
-
-    numbers: how many scores a completion is to hold, where scores are forced; 0 forces none.
-    """
-
-    prompt: tuple[int, ...]
-    item: int
-    samples: tuple[int, ...]
-    numbers: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sampled continuation of a request's prompt, without the id that ended it.
-
-    log_probs: one a token, 0 for tokens that were not drawn. forced_from: where the forced tail begins, None if nothing
-    was forced. ended: an end id was drawn (or the forced box closed), not the budget reached.
-    """
-
-    request: Request
-    sample: int
-    tokens: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    ended: bool
-    forced_from: int | None
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Forcing:
-    """How scores are forced: the automaton, the tokens of the tail, and the test that says a text needs none of it."""
-
-    table: scores.ForceTable
-    tail: tuple[int, ...]
-    has_scores: Callable[[Sequence[int], int], bool]
-
-    def budget(self, numbers: int) -> int:
-        """Tokens that the tail and the scores may take: a score, a comma and a space each at most, if no token is wider."""
-        return len(self.tail) + numbers * (len(str(self.table.high)) + 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The size of a batch: `groups` prompts of `group` samples each, `steps` tokens between two looks by the host."""
-
-    groups: int
-    group: int
-    max_new_tokens: int
-    steps: int = 16
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} = {getattr(self, field.name)}: a batch needs at least 1")
-
-
-def power_of_two(n: int, least: int) -> int:
-    """The bucket of n: the smallest power of two times `least` that holds it; 0 holds 0."""
-    return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all prompts start with, short of each one's last token, which is always fed."""
-    first, last = min(prompts), max(prompts)  # in lexicographic order all others lie between them
-    shortest = min(map(len, prompts)) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return tuple(first[: min(same, shortest)])
 
 
 @dataclasses.dataclass
@@ -385,19 +315,6 @@ def sample(
             request = next(waiting, None)
         batch.admit(admitted)
         yield from batch.step()
-
-
-def check_length(model: Model, request: Request, plan: Plan, forcing: Forcing | None) -> None:
-    """Raise ValueError unless the prompt, its budget and the forced tail fit the model's positions."""
-    extra = forcing.budget(request.numbers) if forcing and request.numbers else 0
-    needed = len(request.prompt) + plan.max_new_tokens + extra
-    if not request.prompt:
-        raise ValueError(f"item {request.item}: an empty prompt; give at least one token (the model's bos, say)")
-    if needed > model.config.max_positions:
-        raise ValueError(
-            f"item {request.item}: a prompt of {len(request.prompt)} tokens and up to {plan.max_new_tokens + extra} new "
-            f"ones do not fit the model's {model.config.max_positions} positions; shorten the prompt or max_new_tokens"
-        )
 
 
 def generate(

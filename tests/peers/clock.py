@@ -53,12 +53,10 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def measure(
-    engine: str, job: Job, warm_up: Callable[[], object], sample: Callable[[int], int], notes: Callable[[], str] = str
-) -> None:
+def measure(engine: str, job: Job, warm_up: Callable[[], object], sample: Callable[[int], int], notes: str) -> None:
     """Time `sample`, which takes a seed and returns how many tokens it sampled, and print the result as JSON.
 
-    `notes` is asked after the last repeat. Raises ValueError if an engine stopped early: then its time says nothing.
+    `notes`: versions, and how often the prompt is read. Raises ValueError if an engine stopped early: its time is void.
     """
     started = time.perf_counter()
     warm_up()
@@ -83,6 +81,6 @@ def measure(
         "tokens_per_second": [wanted / each for each in seconds],
         "warm_up_seconds": warm,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "notes": notes(),
+        "notes": notes,
     }
     print(json.dumps(result), flush=True)
