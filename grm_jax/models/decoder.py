@@ -10,6 +10,9 @@ Masks are never passed: every key carries its position, -1 where nothing is stor
 keys at 0 <= position <= p, within the layer's window. So left padding, right padding, ring buffers and shared prefixes
 are one rule, and no real token can see padding.
 
+Inside, activations are FEATURES FIRST, [D, R]: every product is weights times activations, which for the few rows of a
+decoding step is up to 1.6 times as fast on CPU as activations times weights, and the same to an accelerator.
+
 Shapes: B rows, T new tokens, R = B * T, S cached tokens, D model, N query heads, K key heads, Q = N / K, H head, F MLP,
 V vocabulary. Arithmetic: weights and caches keep their dtype, products accumulate in float32; the residual stream, norms
 and softmax are float32.
@@ -70,23 +73,21 @@ def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
-def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., I] through w [O..., I] to [..., O...], in the dtype of `w`, accumulated in float32.
+def _linear(w: jax.Array, x_IR: jax.Array) -> jax.Array:
+    """Weights [O..., I] times activations [I, R] to [O..., R], in the dtype of `w`, accumulated in float32.
 
     The matrix is flattened first: with several output axes XLA would copy it, transposed, at every call.
     """
     flat = w.reshape(-1, w.shape[-1])
-    y = jax.lax.dot_general(
-        x.astype(w.dtype), flat, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return y.reshape(*x.shape[:-1], *w.shape[:-1])
+    y = jnp.einsum("OI,IR->OR", flat, x_IR.astype(w.dtype), preferred_element_type=jnp.float32)
+    return y.reshape(*w.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
-    """x / rms(x) * (offset + weight) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x * scale * (offset + weight.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+    """x / rms(x) * (offset + weight) over the last axis but one (features), in float32."""
+    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-2, keepdims=True) + eps)
+    weight = (offset + weight.astype(jnp.float32)).reshape((1,) * (x.ndim - 2) + (-1, 1))
+    return x * scale * weight
 
 
 def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -104,11 +105,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return freq * (smooth + (1 - smooth) / scaling.factor)
 
 
-def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding, halves layout: pairs are (i, i + H/2). x [B, T, ..., H], angles' cos and sin [B, T, H/2]."""
-    cos, sin = (a.reshape(a.shape[:2] + (1,) * (x.ndim - 3) + a.shape[2:]) for a in angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _rotate(x_NHR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding, halves layout: pairs are (i, i + H/2); cos and sin of the angles are [H/2, R]."""
+    cos, sin = (a[None] for a in angles)
+    first, second = jnp.split(x_NHR, 2, axis=1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
 
 
 def _visible(queries_BT: jax.Array, keys_BTS: jax.Array, window: int | None) -> jax.Array:
@@ -196,29 +197,24 @@ class Attention(nnx.Module):
             self.q_norm = _vector(1.0 - c.norm_offset, (c.head_dim,), ("head",))
             self.k_norm = _vector(1.0 - c.norm_offset, (c.head_dim,), ("head",))
 
-    def project(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, K, Q, H] rotated and scaled; keys (rotated) and values [B, T, K, H] in the weights' dtype."""
+    def project(self, x_DR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [R, K, Q, H] rotated and scaled; keys (rotated) and values [R, K, H] in the weights' dtype."""
         c = self.config
-        q = _linear(x_BTD, self.q[...])
-        k = _linear(x_BTD, self.k[...])
-        v = _linear(x_BTD, self.v[...])
+        q, k, v = (_linear(w[...], x_DR) for w in (self.q, self.k, self.v))
         if c.qkv_bias:
-            q, k, v = (
-                y + b[...].astype(jnp.float32)[None, None]
-                for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
-            )
+            pairs = ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            q, k, v = (y + b[...].astype(jnp.float32)[..., None] for y, b in pairs)
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps, c.norm_offset)
             k = rms_norm(k, self.k_norm[...], c.norm_eps, c.norm_offset)
         q = _rotate(q, angles) * c.query_scale
+        q = q.reshape(c.kv_heads, c.heads // c.kv_heads, c.head_dim, -1).transpose(3, 0, 1, 2)
         dtype = self.k[...].dtype
-        q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        return q, _rotate(k, angles).astype(dtype), v.astype(dtype)
+        return q, _rotate(k, angles).astype(dtype).transpose(2, 0, 1), v.astype(dtype).transpose(2, 0, 1)
 
-    def output(self, mixed_BTKQH: jax.Array) -> jax.Array:
-        """Heads back to the model's width: [B, T, D]."""
-        o_DI = self.o[...].reshape(self.config.dim, -1)
-        return _linear(mixed_BTKQH.reshape(*mixed_BTKQH.shape[:2], -1), o_DI)
+    def output(self, mixed_RKQH: jax.Array) -> jax.Array:
+        """Heads back to the model's width: [D, R]."""
+        return _linear(self.o[...].reshape(self.config.dim, -1), mixed_RKQH.reshape(mixed_RKQH.shape[0], -1).T)
 
 
 class Mlp(nnx.Module):
@@ -231,10 +227,10 @@ class Mlp(nnx.Module):
         self.up = _param(rngs, (c.mlp_dim, c.dim), ("mlp", "embed"), c.dim)
         self.down = _param(rngs, (c.dim, c.mlp_dim), ("embed", "mlp"), c.mlp_dim)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate = _linear(x_BTD, self.gate[...])
+    def __call__(self, x_DR: jax.Array) -> jax.Array:
+        gate = _linear(self.gate[...], x_DR)
         gate = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return _linear(gate * _linear(x_BTD, self.up[...]), self.down[...])
+        return _linear(self.down[...], gate * _linear(self.up[...], x_DR))
 
 
 class Block(nnx.Module):
@@ -254,16 +250,16 @@ class Block(nnx.Module):
     def _norm(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
         return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
 
-    def add_attention(self, x_BTD: jax.Array, mixed_BTKQH: jax.Array) -> jax.Array:
-        y = self.attention.output(mixed_BTKQH)
-        return x_BTD + (self._norm(y, self.norm_attention_post) if self.config.post_norms else y)
+    def add_attention(self, x_DR: jax.Array, mixed_RKQH: jax.Array) -> jax.Array:
+        y = self.attention.output(mixed_RKQH)
+        return x_DR + (self._norm(y, self.norm_attention_post) if self.config.post_norms else y)
 
-    def add_mlp(self, x_BTD: jax.Array) -> jax.Array:
-        y = self.mlp(self._norm(x_BTD, self.norm_mlp))
-        return x_BTD + (self._norm(y, self.norm_mlp_post) if self.config.post_norms else y)
+    def add_mlp(self, x_DR: jax.Array) -> jax.Array:
+        y = self.mlp(self._norm(x_DR, self.norm_mlp))
+        return x_DR + (self._norm(y, self.norm_mlp_post) if self.config.post_norms else y)
 
-    def project(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.attention.project(self._norm(x_BTD, self.norm_attention), angles)
+    def project(self, x_DR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attention.project(self._norm(x_DR, self.norm_attention), angles)
 
 
 class Decoder(nnx.Module):
@@ -286,10 +282,10 @@ class Decoder(nnx.Module):
         slot `clock` and the clock moved on; otherwise the new keys come back as one more part, (B,) leading.
         """
         cache = cache or Cache()
-        config = self.config
-        x = self.embed[...][tokens].astype(jnp.float32) * config.embed_scale
+        config, shape = self.config, tokens.shape
+        x = self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale
         freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        theta = positions[..., None].astype(jnp.float32) * freq[None, None]
+        theta = freq[:, None] * positions.reshape(1, -1).astype(jnp.float32)
         angles = (jnp.cos(theta), jnp.sin(theta))
         owners = [Owner.ALL if part.positions.ndim == 1 else Owner.ROW for part in cache.parts]
         owners.append(Owner.ROW if cache.own is None else Owner.QUERY)
@@ -304,19 +300,17 @@ class Decoder(nnx.Module):
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
             q, k, v = block.project(x, angles)
             if cache.own is None:
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+                k, v = (y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))  # [B, K, T, H]
             else:
-                k, v = (
-                    _write(store[i], new.reshape(-1, *new.shape[2:]), cache.clock)
-                    for store, new in ((cache.own.k, k), (cache.own.v, v))
-                )
+                k, v = _write(cache.own.k[i], k, cache.clock), _write(cache.own.v[i], v, cache.clock)
             pairs = [*((part.k[i], part.v[i]) for part in cache.parts), (k, v)]
             parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, seen[window], strict=True)]
-            x = block.add_mlp(block.add_attention(x, attend(q, parts, config.attention_softcap)))
+            mixed = attend(q.reshape(*shape, *q.shape[1:]), parts, config.attention_softcap)
+            x = block.add_mlp(block.add_attention(x, mixed.reshape(q.shape)))
             ks.append(k)
             vs.append(v)
         new = Keys(tuple(ks), tuple(vs), new_positions)
-        hidden = rms_norm(x, self.norm[...], config.norm_eps, config.norm_offset)
+        hidden = rms_norm(x, self.norm[...], config.norm_eps, config.norm_offset).T.reshape(*shape, -1)
         if cache.own is None:
             return hidden, dataclasses.replace(cache, parts=(*cache.parts, new))
         return hidden, dataclasses.replace(cache, own=new, clock=cache.clock + 1)
@@ -324,7 +318,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of hidden states, float32, soft-capped where the family does so."""
         head = self.embed if self.config.tied else self.head
-        return _softcap(_linear(hidden, head[...]), self.config.logit_softcap)
+        logits_VR = _linear(head[...], hidden.reshape(-1, hidden.shape[-1]).T)
+        return _softcap(logits_VR, self.config.logit_softcap).T.reshape(*hidden.shape[:-1], -1)
 
 
 def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Array:

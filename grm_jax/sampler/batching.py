@@ -77,8 +77,9 @@ class _Batch:
             "queue": np.zeros((count, queue), np.int32),
             "queued": np.zeros(count, np.int32),
             "mask": np.full(count, scores.FREE, np.int32),
+            "item": np.zeros(count, np.int32),
+            "sample": np.zeros(count, np.int32),
         }
-        self.ids = np.zeros((2, count), np.int32)  # item and sample of each row
         self.clock = 0
         self.ring = rollout.Ring(self._empty((count,), _LEAST_RING), jnp.int32(0))
         self.prompts: Keys | None = None
@@ -165,7 +166,6 @@ class _Batch:
             return
         sample = self.pending[group].pop(0)
         self.rows[row] = _Row(request, sample, time.monotonic(), self.clock)
-        self.ids[:, row] = request.item, sample
         self._set(
             row,
             token=request.prompt[-1],
@@ -176,6 +176,8 @@ class _Batch:
             live=True,
             queued=0,
             mask=scores.FREE,
+            item=request.item,
+            sample=sample,
         )
 
     def _set(self, row: int, **values: int | bool) -> None:
@@ -207,22 +209,14 @@ class _Batch:
         """Decode for all rows, take what they wrote, and yield the samples that are whole; their rows begin anew."""
         self._fit_ring()
         spread = batch_sharding(self.model.mesh)
-        keys = rollout.row_keys(self.key, *jnp.asarray(self.ids))
-        state = rollout.Rows(**{name: jax.device_put(x, spread) for name, x in self.state.items()}, key=keys)
+        state = rollout.Rows(**{name: jax.device_put(x, spread) for name, x in self.state.items()})
         table = None
         if self.forcing is not None and any(row and row.request.numbers for row in self.rows):
             table = self.forcing.table
         parts = tuple(part for part in (self.head, self.prompts) if part is not None)
         self.ring, state, emitted = rollout.decode(
-            self.model.graph,
-            self.model.params,
-            parts,
-            self.ring,
-            state,
-            self.sampling,
-            table,
-            self.shape,
-            self.plan.steps,
+            *(self.model.graph, self.model.params, parts, self.ring, state, self.key),
+            *(self.sampling, table, self.shape, self.plan.steps),
         )
         names = list(self.state)
         *values, tokens, log_probs, counts, clock = jax.device_get(

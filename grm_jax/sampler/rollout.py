@@ -43,7 +43,7 @@ class Rows:
     token: the next one to feed; position: its position; fresh: a new row, to which nothing in its ring slots belongs;
     drawn: how many tokens it has drawn (the fold of its key); budget: how many it may still write; live: still at it;
     queue [R, Q]: what it has to write next, `queued` of them left, the next one first; mask: the automaton's state;
-    key: the row's own key, a function of (item, sample).
+    item, sample: what the row's own key is folded from.
     """
 
     token: jax.Array
@@ -55,7 +55,8 @@ class Rows:
     queue: jax.Array
     queued: jax.Array
     mask: jax.Array
-    key: jax.Array
+    item: jax.Array
+    sample: jax.Array
 
 
 @pytree
@@ -140,12 +141,16 @@ def resize(ring: Ring, length: int) -> Ring:
 
 
 def _advance(
-    rows: Rows, logits_RV: Float[Array, "R V"], sampling: Sampling, table: scores.ForceTable | None
+    rows: Rows,
+    logits_RV: Float[Array, "R V"],
+    keys_R: Key[Array, "R"],
+    sampling: Sampling,
+    table: scores.ForceTable | None,
 ) -> tuple[Rows, Int[Array, "R"], Float[Array, "R"]]:
     """Rows after one more token each, the token, and its log-probability (0 where it came from the queue)."""
     forced = rows.queued > 0
     states = jnp.where(forced, scores.FREE, rows.mask)
-    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
+    keys = jax.vmap(jax.random.fold_in)(keys_R, rows.drawn)
     if table is None:
         drawn, log_probs = draw(logits_RV, keys, sampling)
     else:
@@ -161,7 +166,8 @@ def _advance(
         ended |= (token == eos) & ~forced
     budget = rows.budget - 1
     ended |= (budget <= 0) | (~forced & (states == scores.DONE))
-    after = Rows(
+    after = dataclasses.replace(
+        rows,
         token=jnp.where(rows.live, token, rows.token),
         position=rows.position + rows.live,
         fresh=jnp.zeros_like(rows.fresh),
@@ -171,7 +177,6 @@ def _advance(
         queue=jnp.where(forced[:, None], jnp.roll(rows.queue, -1, axis=1), rows.queue),
         queued=jnp.maximum(rows.queued - 1, 0),
         mask=jnp.where(rows.live & ~forced, states, rows.mask),
-        key=rows.key,
     )
     return after, token, jnp.where(forced, 0.0, log_probs)
 
@@ -183,6 +188,7 @@ def decode(
     parts: tuple[Keys, ...],
     ring: Ring,
     rows: Rows,
+    key: Key[Array, ""],
     sampling: Sampling,
     table: scores.ForceTable | None,
     shape: Bool[Array, "P G"],
@@ -190,13 +196,14 @@ def decode(
 ) -> tuple[Ring, Rows, Emitted]:
     """Up to `steps` tokens a row: a while-loop that stops when no row is live.
 
-    parts: the cache's shared parts, () or (P,) leading. `shape` carries P and G alone: row p * G + g is a sample of
-    prompt p. A row has to end within T steps of the one it began at, or it would overwrite itself.
+    key: the run's. parts: the cache's shared parts, () or (P,) leading. `shape` carries P and G alone: row p * G + g is
+    a sample of prompt p. A row has to end within T steps of the one it began at, or it would overwrite itself.
     """
     model = bind(graph, params)
     count, slots = ring.own.positions.shape
     positions = jnp.where(rows.fresh[:, None], NOWHERE, ring.own.positions)
     ring = Ring(dataclasses.replace(ring.own, positions=positions), ring.clock)
+    keys_R = row_keys(key, rows.item, rows.sample)
     blank = Emitted(
         jnp.zeros((steps, count), jnp.int32), jnp.zeros((steps, count), jnp.float32), jnp.zeros(count, jnp.int32)
     )
@@ -207,7 +214,7 @@ def decode(
         cache = Cache(parts, ring.own, ring.clock % slots)
         hidden, cache = model(rows.token.reshape(shape.shape), positions, cache)
         logits_RV = model.logits(hidden).reshape(count, -1)
-        after, token, log_prob = _advance(rows, logits_RV, sampling, table)
+        after, token, log_prob = _advance(rows, logits_RV, keys_R, sampling, table)
         emitted = Emitted(
             jax.lax.dynamic_update_slice_in_dim(emitted.tokens, token[None], step, 0),
             jax.lax.dynamic_update_slice_in_dim(emitted.log_probs, log_prob[None], step, 0),
