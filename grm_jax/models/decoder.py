@@ -45,7 +45,8 @@ class Keys:
     """Keys and values that queries may see, an array a layer.
 
     k, v: [..., K, S, H], k rotated; positions: int32 [..., S], -1 where nothing is stored. The leading axes say who may
-    see them: () every query, (B,) the queries of a row, (R,) one query alone.
+    see them: () every query, (B,) the queries of a row, (R,) one query alone. A part that every query may see is full (no
+    -1) and stands before all of them, so only a window masks it.
     """
 
     k: tuple[jax.Array, ...]
@@ -131,7 +132,7 @@ class Owner(enum.Enum):
 
 
 def _attend_part(
-    q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array, softcap: float | None
+    q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array | None, softcap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part's share of a softmax: its largest score and its sum of exponentials [B, T, K, Q], its mix [..., H]."""
     scores_spec, order, mix_spec, where = owner.value
@@ -139,7 +140,8 @@ def _attend_part(
     if owner is Owner.QUERY:
         q, seen = q.reshape(-1, *shape[2:]), seen.reshape(-1, seen.shape[-1])
     s = _softcap(_dot(scores_spec, q, k), softcap)
-    s = jnp.where(seen[where], s, -jnp.inf)
+    if seen is not None:
+        s = jnp.where(seen[where], s, -jnp.inf)
     top = jnp.maximum(s.max(-1), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
     p = jnp.exp(s - top[..., None])
     total, mix = p.sum(-1), _dot(mix_spec, p, v)
@@ -151,13 +153,13 @@ def _attend_part(
 
 def attend(
     q: Float[Array, "B T K Q H"],
-    parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array]],
+    parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array | None]],
     softcap: float | None,
 ) -> Float[Array, "B T K Q H"]:
     """Attention over several parts with one softmax.
 
-    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S]); leading axes of k and v as in `Keys`. A
-    query that sees nothing at all (padding) gets zeros.
+    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S], None for all of them); leading axes of k
+    and v as in `Keys`. A query that sees nothing at all (padding) gets zeros.
     """
     shares = [_attend_part(q, *part, softcap) for part in parts]
     top = shares[0][0]
@@ -295,7 +297,13 @@ class Decoder(nnx.Module):
         keys = [p.reshape(-1, 1, p.shape[-1]) for p in (*(part.positions for part in cache.parts), new_positions)]
         if cache.own is not None:
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
-        seen = {w: [_visible(positions, p, w) for p in keys] for w in set(config.windows)}
+        seen = {
+            w: [
+                None if owner is Owner.ALL and w is None else _visible(positions, p, w)
+                for owner, p in zip(owners, keys, strict=True)
+            ]
+            for w in set(config.windows)
+        }
         ks, vs = [], []
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
             q, k, v = block.project(x, angles)
@@ -318,7 +326,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of hidden states, float32, soft-capped where the family does so."""
         head = self.embed if self.config.tied else self.head
-        logits_VR = _linear(head[...], hidden.reshape(-1, hidden.shape[-1]).T)
+        # The barrier keeps the product weights-first: XLA would swap its sides to save a transposition that costs less.
+        logits_VR = jax.lax.optimization_barrier(_linear(head[...], hidden.reshape(-1, hidden.shape[-1]).T))
         return _softcap(logits_VR, self.config.logit_softcap).T.reshape(*hidden.shape[:-1], -1)
 
 

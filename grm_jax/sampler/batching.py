@@ -31,7 +31,6 @@ from grm_jax.sharding import batch_sharding
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
 _LEAST_RING = 128  # slots of the smallest ring
-_HEAD_STEP = 64  # the shared head is padded to a multiple of this
 
 
 @dataclasses.dataclass
@@ -102,8 +101,7 @@ class _Batch:
         """Prefill the tokens that every prompt of the batch starts with."""
         self.head_tokens, self.head = head, None
         if head:
-            width = -(-len(head) // _HEAD_STEP) * _HEAD_STEP
-            keys = self._prefill([head], width)
+            keys = self._prefill([head], len(head))
             self.head = Keys(tuple(x[0] for x in keys.k), tuple(x[0] for x in keys.v), keys.positions[0])
 
     def _prefill(self, prompts: list[Sequence[int]], width: int) -> Keys:

@@ -88,7 +88,7 @@ def prefill(
     graph: nnx.GraphDef, params: Params, head: Keys | None, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
 ) -> Keys:
     """Keys of prompts, right-padded to a bucket, behind the tokens that all of them share (`head`)."""
-    start = 0 if head is None else (head.positions > NOWHERE).sum()
+    start = 0 if head is None else head.positions.shape[0]
     slot = jnp.arange(tokens.shape[1])[None, :]
     positions = jnp.where(slot < lengths[:, None], start + slot, NOWHERE)
     _, cache = bind(graph, params)(tokens, positions, Cache(() if head is None else (head,)))
