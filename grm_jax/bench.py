@@ -163,7 +163,7 @@ def peak_bytes() -> int:
 
 
 def _print(config: BenchConfig, model: Model, ceilings: Ceilings, rows: list[Measured]) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file takes the whole table
     console.print(
         f"{config.model}, {model.dtype}, {jax.devices()[0].device_kind}: {config.prompt_tokens} prompt tokens, "
         f"{config.new_tokens} new ones; ceilings {ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s"

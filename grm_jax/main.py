@@ -5,8 +5,10 @@ Bad input and bad settings end with one line on standard error and exit code 2; 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from grm_jax import log
 from grm_jax.config import BenchConfig, ScoreConfig, parse
@@ -38,6 +40,11 @@ def usage() -> str:
     return "\n".join(["usage: python -m grm_jax.main COMMAND [--help] ...", "", "commands:", *lines])
 
 
+def compilation_cache() -> Path:
+    """Where compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grm_jax" / "xla"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for bad input or settings, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -48,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{argv[0]!r} is no command\n{usage()}", file=sys.stderr)
         return 2
     log.to_stderr()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError) as error:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from grm_jax import prompts
 from grm_jax.config import JudgeSettings, ScoreConfig
@@ -173,15 +173,17 @@ def _show_one(example: Example, verdict: Verdict, console: Console) -> None:
         shown = ", ".join(f"Response {slot + 1} is {index + 1}" for slot, index in enumerate(judgment.order))
         text = f"{judgment.text.strip()}\n\n(in this judgment's order {shown})"
     console.print(Panel(escape(text), title=escape(f"{example.id}: {query[:80]}"), title_align="left"))
-    table = Table("response", *(f"#{j + 1}" for j in range(verdict.votes)), "sum", "")
-    for i, response in enumerate(example.responses):
+    table = Table(
+        Column("response", no_wrap=True, overflow="ellipsis"), *(f"#{j + 1}" for j in range(verdict.votes)), "sum", ""
+    )
+    for i, text in enumerate(example.responses):
         cells = [
             "-" if judgment.scores is None else f"{judgment.scores[i]}{'*' if judgment.forced else ''}"
             for judgment in verdict.judgments
         ]
         best = ("tie" if verdict.tie else "best") if verdict.scores[i] == max(verdict.scores) else ""
         best = "" if len(example.responses) == 1 else best
-        head = " ".join(response.split())
+        head = " ".join(text.split())
         table.add_row(escape(f"{i + 1}: {head[:40]}"), *cells, f"{verdict.scores[i]:g}", best)
     console.print(table)
     if any(judgment.forced for judgment in verdict.judgments):

@@ -22,6 +22,7 @@ from typing import Any
 
 from grm_jax import vocab as vocabs
 from grm_jax.datatypes import Message
+from grm_jax.gguf_file import open_gguf
 from grm_jax.log import logger
 from grm_jax.vocab import ByteVocab, FastVocab, PieceVocab, Vocab
 
@@ -356,13 +357,11 @@ def from_gguf(source: Any) -> Tokenizer:
         FileNotFoundError: no such file.
         ValueError: a damaged file, one without a vocabulary, or a kind of vocabulary that is not known.
     """
-    from grm_jax.gguf_file import open_gguf
-
     reader = open_gguf(source) if isinstance(source, str | PathLike) else source
     try:
         return _gguf_tokenizer(reader)
     except ValueError as error:
-        raise ValueError(f"{reader.data.filename}: {error}") from error
+        raise ValueError(f"{reader.source}: {error}") from error
 
 
 def _gguf_tokenizer(reader: Any) -> Tokenizer:

