@@ -59,7 +59,7 @@ class Measured:
 
 def run(config: BenchConfig) -> None:
     """Measure every row, print the table, and write the JSON file when one is asked for."""
-    model = load(config.model, config.dtype).model
+    model = load(config.model, config.dtype, devices=1).model
     limit = model.config.max_positions
     if config.prompt_tokens + config.new_tokens > limit:
         raise ValueError(

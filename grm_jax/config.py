@@ -6,6 +6,7 @@ No array library is imported here, so `--help` and errors about settings are qui
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
@@ -85,7 +86,10 @@ class ScoreConfig(JudgeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.input == self.output and self.input != "-":
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"devices = {self.devices}: it has to be at least 1")
+        same = os.path.realpath(self.input) == os.path.realpath(self.output)
+        if same and self.input != "-":
             raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")
 
 
@@ -111,9 +115,9 @@ class BenchConfig:
     """a file for all numbers"""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+        for name, least in (("prompt_tokens", 2), ("new_tokens", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least {least}")
         for name in ("batch", "votes"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give numbers of at least 1, such as 1,8,32")

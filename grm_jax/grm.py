@@ -8,7 +8,7 @@ What `judge` does:
 5. when an example's last sample is in, they are voted (Eq. 14) into its verdict.
 
 Where it departs from the paper (section 5, each sample shuffled by itself): the n! orders are dealt out in turn from a
-shuffled deck, so each sample's order is still uniform, but slot 1 is dealt out as evenly as k allows.
+shuffled deck, so each sample's order is still uniform, and no order comes up again before all n! have.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
+_WINDOW = 256  # examples taken together where a file needs several templates
 _DECK = 5040  # orders enumerated at most (7!); beyond, each sample's order is drawn by itself
 
 
@@ -109,11 +110,15 @@ class Grm:
                     f"example id {example.id!r} occurs twice: ids name an example's samples, make them unique"
                 )
             seen.add(example.id)
-        by_template: dict[prompts.Template, list[Example]] = {}
-        for example in examples:
-            by_template.setdefault(self.template(len(example.responses), settings), []).append(example)
-        for template, group in by_template.items():
-            yield from _judge_with(self, template, group, settings)
+        template_of = {n: self.template(n, settings) for n in {len(example.responses) for example in examples}}
+        mixed = len(set(template_of.values())) > 1
+        window = _WINDOW if mixed else max(len(examples), 1)  # verdicts of a mixed file stay near their order
+        for start in range(0, len(examples), window):
+            by_template: dict[prompts.Template, list[Example]] = {}
+            for example in examples[start : start + window]:
+                by_template.setdefault(template_of[len(example.responses)], []).append(example)
+            for template, group in by_template.items():
+                yield from _judge_with(self, template, group, settings)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
         """The template that shows n responses."""
@@ -123,10 +128,14 @@ class Grm:
         self, texts: Sequence[str], k: int = 1, *, max_new_tokens: int = 256, seed: int = 0, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, slots: int = 32,
     ) -> list[list[Generated]]:  # fmt: skip
-        """k continuations of each raw prompt (no chat template is put around it): result[i][j] is sample j of texts[i]."""
+        """k continuations of each raw prompt: result[i][j] is sample j of texts[i].
+
+        No chat template is put around a text; the begin token stands before it where the model's texts have one.
+        """
         tokenizer = self.need_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, tokenizer.eos_ids)
-        ids = [tokenizer.encode(text) for text in texts]
+        start = tokenizer.start
+        ids = [tokenizer.encode(text if start and text.startswith(start) else start + text) for text in texts]
         rows = generate(
             self.model, ids, k, jax.random.key(seed, impl="threefry2x32"),
             max_new_tokens=max_new_tokens, sampling=sampling, slots=slots,
@@ -147,9 +156,9 @@ class Grm:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each id of the model's vocabulary (which may be padded past the tokenizer's)."""
-        table = self.need_tokenizer().token_bytes()
-        return [*table, *[b""] * (self.model.config.vocab_size - len(table))]
+        """The bytes of each id of the model's vocabulary, which may be larger or smaller than the tokenizer's."""
+        table, size = self.need_tokenizer().token_bytes(), self.model.config.vocab_size
+        return [*table, *[b""] * (size - len(table))][:size]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -178,12 +187,14 @@ def _prepare(
         tokenizer.specials,
     )
     dealt = orders(example.id, n, settings.votes, settings.seed)
-    requests = []
-    for order in dict.fromkeys(dealt):
-        ids = _prompt_ids(tokenizer, prompts.render(shown, order, template, controls=tokenizer.specials))
-        which = tuple(j for j, o in enumerate(dealt) if o == order)
-        requests.append(Request(ids, stable_hash(example.id), which, numbers))
-    return _Task(example, dealt, requests, cut)
+    ids_of = {
+        order: _prompt_ids(tokenizer, prompts.render(shown, order, template, controls=tokenizer.specials))
+        for order in set(dealt)
+    }
+    asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for j, order in enumerate(dealt):  # equal responses make equal prompts of different orders
+        asked.setdefault(ids_of[order], []).append((stable_hash(example.id), j))
+    return _Task(example, dealt, [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()], cut)
 
 
 def _judge_with(
@@ -224,10 +235,16 @@ def _judge_with(
 
 
 def _plan(examples: list[Example], settings: JudgeSettings) -> Plan:
-    """Rows a group as many as an average distinct prompt has samples, and as many groups as the slots allow."""
-    distinct = [min(settings.votes, math.factorial(min(len(example.responses), 20))) for example in examples]
-    group = min(settings.slots, math.ceil(settings.votes * len(distinct) / sum(distinct)))
-    return Plan(max(1, min(settings.slots // group, sum(distinct))), group, settings.max_new_tokens)
+    """As many rows a group as half the samples of an average distinct prompt, and as many groups as the slots allow.
+
+    Half: a freed row then takes its prompt's next sample, so few rows idle until the slowest of their group is done.
+    Where there are too few prompts to fill the slots so, a group has a row for each sample.
+    """
+    distinct = sum(min(settings.votes, math.factorial(min(len(example.responses), 20))) for example in examples)
+    average = settings.votes * len(examples) / distinct
+    half = math.ceil(average / 2)
+    group = min(settings.slots, half if half * distinct >= settings.slots else math.ceil(average))
+    return Plan(max(1, min(settings.slots // group, distinct)), group, settings.max_new_tokens)
 
 
 def _judgment(
@@ -292,7 +309,7 @@ def load(
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    mesh = make_mesh(data=devices or (1 if on_cpu else jax.local_device_count()))
+    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
     path = find_embedded(model) if model in EMBEDDED else model
     config = read_config(path)
     graph, shapes = split_abstract(config)

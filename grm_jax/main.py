@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; `score` to a file goes on there when run again without --overwrite", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of standard output has gone, as `head` does
         sys.stderr.close()

@@ -259,7 +259,7 @@ def render(
     n = len(example.responses)
     if sorted(order) != list(range(n)):
         raise ValueError(f"order {order} for {n} responses of {example.id!r}; give a permutation of 0..{n - 1}")
-    _check_places(example, template, hint)
+    check_places(example, template, hint)
     safe = functools.partial(neutralise, controls=controls)
     messages = [{"role": message.role, "content": safe(message.content)} for message in example.messages]
     responses = [safe(example.responses[i]) for i in order]
@@ -285,7 +285,8 @@ def _fill(template: Template, source: jinja2.Template, values: Mapping[str, Any]
         raise ValueError(f"template {template.name!r}: {error.message}; correct the template") from error
 
 
-def _check_places(example: Example, template: Template, hint: Hint | None) -> None:
+def check_places(example: Example, template: Template, hint: Hint | None = None) -> None:
+    """Raise ValueError unless the template has a place for all that the example and the hint bring."""
     n, name, used = len(example.responses), template.name, template.variables
     if "responses" not in used and n > 1:
         raise ValueError(f"template {name!r} shows one response, {example.id!r} has {n}; use 'listwise'")

@@ -22,9 +22,10 @@ from rich.table import Column, Table
 
 from grm_jax import prompts
 from grm_jax.config import JudgeSettings, ScoreConfig
-from grm_jax.data.jsonl import open_writer, read_examples
+from grm_jax.data.jsonl import DataError, open_writer, read_examples
 from grm_jax.datatypes import Example, Judgment, Verdict
 from grm_jax.log import logger
+from grm_jax.weights.embedded import EMBEDDED, find_embedded
 
 EXAMPLES = Path(__file__).parent / "examples" / "examples.jsonl"
 _LOG_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -35,6 +36,8 @@ def run(config: ScoreConfig) -> None:
     examples, bad = read_examples(str(EXAMPLES) if config.input == "examples" else config.input, config.skip_bad)
     if bad:
         logger.warning("%d bad rows left out, the first: %s", len(bad), bad[0])
+    examples = _that_fit_templates(examples, config)
+    _check_model(config.model)
     with open_writer(config.output, examples, _settings(config), config.overwrite) as writer:
         waiting = [example for example in examples if example.id not in writer.finished]
         if writer.finished:
@@ -55,6 +58,36 @@ def run(config: ScoreConfig) -> None:
     _report(verdicts, time.monotonic() - started, progress)
     if config.show:
         show(examples, verdicts, Console(file=sys.stdout if config.output != "-" else sys.stderr))
+
+
+def _that_fit_templates(examples: list[Example], config: ScoreConfig) -> list[Example]:
+    """The examples that their template has places for. Raises DataError naming the others, unless they may be left out."""
+    template_of = {
+        n: prompts.load_template(config.template) if config.template else prompts.template_for(n, demos=False)
+        for n in {len(example.responses) for example in examples}
+    }
+    fitting, faults = [], []
+    for example in examples:
+        try:
+            prompts.check_places(example, template_of[len(example.responses)])
+            fitting.append(example)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults and (not config.skip_bad or not fitting):
+        raise DataError("\n  ".join([f"{len(faults)} rows do not fit the template:", *faults[:20]]), [])
+    if faults:
+        logger.warning("%d rows that do not fit the template left out, the first: %s", len(faults), faults[0])
+    return fitting
+
+
+def _check_model(model: str) -> None:
+    """Raise FileNotFoundError for a model that is not there, before --overwrite may empty the output for it."""
+    if model in EMBEDDED:
+        find_embedded(model)
+    elif "://" not in model and not Path(model).expanduser().exists():
+        raise FileNotFoundError(
+            f"{model} does not exist; give a Hugging Face model folder, a .gguf file or one of {', '.join(EMBEDDED)}"
+        )
 
 
 def judge_settings(config: ScoreConfig) -> JudgeSettings:

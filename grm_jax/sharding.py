@@ -53,5 +53,18 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int], axes: Sequen
 
 
 def batch_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an array whose leading axis is the batch; further axes by their logical names."""
-    return NamedSharding(mesh, PartitionSpec("data", *(None if axis is None else RULES[axis] for axis in axes)))
+    """The sharding of an array whose leading axis is the batch; further axes by their logical names.
+
+    Mesh axes of one device are left out, as compiled programs leave them out of what they return: the same sharding
+    written in another way would compile a program again.
+    """
+    names = ["data", *(None if axis is None else RULES[axis] for axis in axes)]
+    kept = [name if name and mesh.shape[name] > 1 else None for name in names]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

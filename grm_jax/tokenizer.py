@@ -74,7 +74,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._vocab = vocab
         self._names = dict(names or {})
-        self._start = next((text for text, id_ in vocab.specials.items() if begins and id_ == bos_id), "")
+        self.start = next((text for text, id_ in vocab.specials.items() if begins and id_ == bos_id), "")
         self._bytes: list[bytes] | None = None
 
     def encode(self, text: str) -> list[int]:
@@ -115,7 +115,7 @@ class Tokenizer:
             raise ValueError("chat needs one message or more, got none")
         turns = tuple((message.role, message.content) for message in messages)
         if self.chat_template is None:
-            return self._start + plain_turns(turns, add_generation_prompt)
+            return self.start + plain_turns(turns, add_generation_prompt)
         reason = ""
         for attempt in (turns, fold(turns)):
             try:

@@ -44,8 +44,8 @@ def scripted(rate, seen=None):
                 seen.append(request)
             numbers = ", ".join(map(str, rate(shown_in(tokenizer.decode(request.prompt)))))
             text = tuple(tokenizer.encode(f"Analysis: as told.\nScores: \\boxed{{{numbers}}}"))
-            for j in request.samples:
-                yield Completion(request, j, text, (-0.5,) * len(text), True, None, 0.0)
+            for item, j in request.samples:
+                yield Completion(request, item, j, text, (-0.5,) * len(text), True, None, 0.0)
 
     return sample
 
@@ -74,7 +74,14 @@ def test_k_samples_need_no_more_prompts_than_orders(grm, monkeypatch, n, votes, 
     monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [5] * len(shown), requests))
     grm.score([example(*"abcd"[:n])], votes=votes)
     assert len(requests) == len({request.prompt for request in requests}) == prompts
-    assert sorted(j for request in requests for j in request.samples) == list(range(votes))
+    assert sorted(j for request in requests for _, j in request.samples) == list(range(votes))
+
+
+def test_equal_responses_make_one_prompt(grm, monkeypatch):
+    requests = []
+    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [5] * len(shown), requests))
+    grm.score([example("same", "same")], votes=4)
+    assert len(requests) == 1
 
 
 def test_orders_are_dealt_evenly_and_do_not_depend_on_the_number_of_votes():

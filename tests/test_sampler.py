@@ -60,6 +60,10 @@ def reference(model: Model, prompt: Sequence[int], item: int, j: int, new: int, 
     return text[len(prompt) :]
 
 
+def ask(prompt: Sequence[int], item: int, *samples: int, numbers: int = 0) -> Request:
+    return Request(tuple(prompt), tuple((item, j) for j in samples), numbers)
+
+
 def prompts_of(*lengths: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     head = rng.integers(0, 256, shared).tolist()
@@ -99,7 +103,7 @@ def test_a_head_that_all_rows_share_is_one_part():
 @pytest.mark.parametrize("family", SHAPES)
 def test_samples_equal_the_reference_token_for_token(family):
     model = tiny_model(SHAPES[family])
-    prompts = prompts_of(1, 31, 32, 33, 70, shared=3)  # below, at and above a bucket, the shared tokens before them
+    prompts = prompts_of(1, 31, 32, 33, 70, shared=66)  # below, at and above a bucket, the shared tokens before them
     sampling = Sampling(eos_ids=(5, 9))
     found = generate(model, prompts, 3, KEY, max_new_tokens=20, sampling=sampling, slots=6)
     for item, j in ((0, 0), (1, 2), (2, 1), (3, 0), (4, 2)):
@@ -111,18 +115,15 @@ def test_shared_prefix_samples_equal_separate_runs():
     together = generate(model, prompts, 6, KEY, max_new_tokens=24, sampling=sampling)
     for item, prompt in enumerate(prompts):
         for j in range(6):
-            alone = sample(model, [Request(tuple(prompt), item, (j,))], KEY, Plan(1, 1, 24), sampling)
+            alone = sample(model, [ask(prompt, item, j)], KEY, Plan(1, 1, 24), sampling)
             assert next(alone).tokens == together[item][j].tokens
 
 
 @pytest.mark.parametrize(("slots", "devices"), [(2, 1), (5, 1), (64, 1), (16, 8)])
 def test_samples_do_not_depend_on_batch_refilling_or_devices(slots, devices):
-    sampling, prompts = Sampling(eos_ids=tuple(range(12))), prompts_of(3, 60, 5, 33, 8, 20, shared=10)
+    sampling, prompts = Sampling(eos_ids=tuple(range(12))), prompts_of(3, 60, 5, 33, 8, 20, shared=70)
     expected = generate(tiny_model(), prompts, 4, KEY, max_new_tokens=40, sampling=sampling)
     model = tiny_model(devices=devices)
-    if devices > 1:
-        everywhere = jax.sharding.NamedSharding(model.mesh, jax.sharding.PartitionSpec())
-        model = dataclasses.replace(model, params=jax.device_put(model.params, everywhere))
     found = generate(model, prompts, 4, KEY, max_new_tokens=40, sampling=sampling, slots=slots)
     lengths = {len(c.tokens) for row in expected for c in row}
     assert len(lengths) > 3, "rows of one length would not test refilling"
@@ -184,7 +185,7 @@ def test_log_probs_are_those_of_the_distribution_drawn_from():
 def test_prompts_that_do_not_fit_or_are_empty_are_named():
     with pytest.raises(ValueError, match="item 0: a prompt of 1020 tokens and up to 10 new ones"):
         generate(tiny_model(), prompts_of(1020), 1, KEY, max_new_tokens=10)
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="a request of 0 prompt tokens"):
         generate(tiny_model(), [[]], 1, KEY, max_new_tokens=10)
     assert generate(tiny_model(), [], 3, KEY, max_new_tokens=10) == []
 
@@ -192,9 +193,9 @@ def test_prompts_that_do_not_fit_or_are_empty_are_named():
 def test_a_prompt_that_does_not_share_the_head_is_sampled_right():
     """The head that the caller expects is a guess: prompts that start otherwise make it shorter, or nothing."""
     model, sampling = tiny_model(), Sampling()
-    prompts = prompts_of(10, 10, 10, shared=20) + prompts_of(15, seed=9)
-    requests = [Request(tuple(p), i, (0,)) for i, p in enumerate(prompts)]
-    found = {c.request.item: c for c in sample(model, requests, KEY, Plan(2, 1, 8), sampling, prompts[0][:20])}
+    prompts = prompts_of(10, 10, 10, shared=150) + prompts_of(80, seed=9)
+    requests = [ask(p, i, 0) for i, p in enumerate(prompts)]
+    found = {c.item: c for c in sample(model, requests, KEY, Plan(2, 1, 8), sampling, prompts[0][:150])}
     for item, prompt in enumerate(prompts):
         assert list(found[item].tokens) == reference(model, prompt, item, 0, 8, sampling)
 
@@ -205,6 +206,49 @@ def test_decode_compiles_once_for_a_bucket():
     before = rollout.decode._cache_size(), rollout.prefill._cache_size()
     generate(model, prompts_of(50, 61, seed=4), 2, KEY, max_new_tokens=30, sampling=sampling, slots=4)
     assert (rollout.decode._cache_size(), rollout.prefill._cache_size()) == before
+
+
+def test_one_prompt_compiles_decode_once_whatever_its_length_in_the_bucket():
+    """It shares all of itself with itself, but its length is no shape of a program."""
+    model, sampling = tiny_model(seed=4), Sampling(temperature=0.9)
+    start = rollout.decode._cache_size()
+    generate(model, prompts_of(300), 2, KEY, max_new_tokens=40, sampling=sampling)
+    assert rollout.decode._cache_size() == start + 1, "three looks by the host are one program"
+    prefills = rollout.prefill._cache_size()
+    generate(model, prompts_of(310, seed=1), 2, KEY, max_new_tokens=40, sampling=sampling)
+    assert (rollout.decode._cache_size(), rollout.prefill._cache_size()) == (start + 1, prefills)
+
+
+def test_prompt_cache_and_ring_shrink_again_and_samples_stay_right():
+    """A long prompt and a long row first, then short ones: both stores grow, wrap and shrink under live rows."""
+    model, sampling = tiny_model(), Sampling(eos_ids=tuple(range(40)))
+    prompts = prompts_of(200, *[3, 5, 4, 6] * 8, 150, 6)
+    found = generate(model, prompts, 3, KEY, max_new_tokens=300, sampling=sampling, slots=4)
+    for item in (0, 1, 9, 20, 33, 34):
+        assert list(found[item][2].tokens) == reference(model, prompts[item], item, 2, 300, sampling)
+
+
+def test_equal_prompts_share_a_prefill_and_not_their_samples(monkeypatch):
+    widths = []
+    prefill = rollout.prefill
+    monkeypatch.setattr(rollout, "prefill", lambda *args: widths.append(args[3].shape) or prefill(*args))
+    prompts = prompts_of(40, 50)
+    found = generate(tiny_model(), [prompts[0], prompts[1], prompts[0]], 2, KEY, max_new_tokens=8)
+    assert len(widths) == 2
+    assert found[0][0].tokens != found[2][0].tokens
+    for item, prompt in ((0, prompts[0]), (2, prompts[0]), (1, prompts[1])):
+        assert list(found[item][1].tokens) == reference(tiny_model(), prompt, item, 1, 8, Sampling())
+
+
+def test_a_prompt_longer_than_one_prefill_pass(monkeypatch):
+    monkeypatch.setattr(rollout, "_QUERIES", 32)
+    model = tiny_model(dataclasses.replace(LLAMA, windows=(None, 9)), seed=8)
+    tokens, lengths = jnp.asarray(prompts_of(90)), jnp.array([90])
+    in_parts = jax.jit(rollout.prefill.__wrapped__, static_argnums=0)(model.graph, model.params, None, tokens, lengths)
+    monkeypatch.setattr(rollout, "_QUERIES", 128)
+    at_once = jax.jit(rollout.prefill.__wrapped__, static_argnums=0)(model.graph, model.params, None, tokens, lengths)
+    for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_refilling_keeps_a_long_row_from_holding_up_the_rest(monkeypatch):
@@ -225,15 +269,16 @@ def test_refilling_keeps_a_long_row_from_holding_up_the_rest(monkeypatch):
     assert sum(steps) < 0.75 * in_batches_of_four
 
 
-def test_forced_scores_are_always_valid():
-    model, table = tiny_model(), [bytes([i]) for i in range(256)] + [b""] * 3
+@pytest.mark.parametrize("devices", [1, 8])
+def test_forced_scores_are_always_valid(devices):
+    model, table = tiny_model(devices=devices), [bytes([i]) for i in range(256)] + [b""] * 3
     tail = tuple(scores.FORCE_TAIL.encode())
 
     def text(ids):
         return b"".join(table[i] for i in ids).decode(errors="replace")
 
     forcing = Forcing(scores.force_table(table, 5), tail, lambda ids, n: scores.parse(text(ids), n)[0] is not None)
-    requests = [Request(tuple(p), i, (0, 1, 2), 1 + i % 5) for i, p in enumerate(prompts_of(5, 9, 40, 41, 3))]
+    requests = [ask(p, i, 0, 1, 2, numbers=1 + i % 5) for i, p in enumerate(prompts_of(5, 9, 40, 41, 3))]
     sampling = Sampling(eos_ids=tuple(range(250, 259)))
     found = list(sample(model, requests, KEY, Plan(2, 2, 30), sampling, forcing=forcing))
     assert len(found) == 15
@@ -257,7 +302,7 @@ def test_forcing_leaves_the_drawn_text_as_it_was():
     sampling = Sampling(eos_ids=(1, 2, 3, 4, 5, 6, 7, 8))
     (prompt,) = prompts_of(30)
     free = generate(model, [prompt], 4, KEY, max_new_tokens=40, sampling=sampling)[0]
-    forced = sample(model, [Request(tuple(prompt), 0, (0, 1, 2, 3), 2)], KEY, Plan(1, 4, 40), sampling, (), forcing)
+    forced = sample(model, [ask(prompt, 0, 0, 1, 2, 3, numbers=2)], KEY, Plan(1, 4, 40), sampling, (), forcing)
     for completion in forced:
         assert completion.tokens[: completion.forced_from] == free[completion.sample].tokens
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from grm_jax.models.config import DecoderConfig
@@ -41,4 +42,6 @@ def tiny_model(config: DecoderConfig = LLAMA, seed: int = 0, devices: int = 1, s
     graph, _ = split_abstract(config)
     params = random_params(config, seed)
     params["embed"] = params["embed"] * jnp.float32(sharpness)
-    return Model(config, graph, params, make_mesh(data=devices))
+    mesh = make_mesh(data=devices)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return Model(config, graph, jax.device_put(params, everywhere) if devices > 1 else params, mesh)

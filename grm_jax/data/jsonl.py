@@ -5,10 +5,9 @@
 2. `open_writer` checks the output: it resumes an interrupted run of the same input and settings, or refuses.
 3. `VerdictWriter.write` takes verdicts in any order and writes their rows in the input's order, each row in one piece.
 
-Output and resuming. Beside `<output>` lies `<output>.run.json` with the run's settings and a digest of its examples,
-written before the first row. The finished rows are a head of the input. A local file grows row by row; its last line is
-dropped on resuming when only half there. An object in a bucket cannot grow: it is written whole, every OBJECT_SECONDS
-and at the end. Standard output, pipes and devices are not resumed.
+Output and resuming. Beside `<output>` lies `<output>.run.json` with the run's settings and a digest of its examples. It is
+written first. The finished rows are a head of the input. A local file grows row by row, and loses a half-written
+last line on resuming; an object in a bucket is written whole, every OBJECT_SECONDS and at the end. Pipes do not resume.
 """
 
 from __future__ import annotations
@@ -323,6 +322,8 @@ def _row_by_row(stream: BinaryIO, name: str) -> Callable[[bytes], None]:
                 row = row[stream.write(row) :]
             stream.flush()
         except OSError as error:
+            if isinstance(error, BrokenPipeError):  # the reader has gone
+                raise
             raise DataError(f"cannot write to {name}: {error.strerror}; mend that, run again to go on") from error
 
     return put

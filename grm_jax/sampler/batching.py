@@ -27,10 +27,11 @@ from grm_jax.models.decoder import NOWHERE, Keys, Model
 from grm_jax.sampler import rollout
 from grm_jax.sampler.draw import Sampling
 from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_length, common_prefix, power_of_two
-from grm_jax.sharding import batch_sharding
+from grm_jax.sharding import batch_sharding, replicated
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
 _LEAST_RING = 128  # slots of the smallest ring
+_HEAD_STEP = 64  # tokens; what is left of a shared head is prefilled with each prompt
 
 
 @dataclasses.dataclass
@@ -38,6 +39,7 @@ class _Row:
     """A sample under way, on the host."""
 
     request: Request
+    item: int
     sample: int
     started: float
     clock: int  # of the batch when it began: its ring entries are no older
@@ -63,7 +65,7 @@ class _Batch:
         self.groups = -(-plan.groups // data) * data
         count = self.groups * plan.group
         self.rows: list[_Row | None] = [None] * count
-        self.pending: list[list[int]] = [[] for _ in range(self.groups)]  # samples not yet started, a group
+        self.pending: list[list[tuple[int, int]]] = [[] for _ in range(self.groups)]  # samples not yet started, a group
         self.request: list[Request | None] = [None] * self.groups
         queue = 1 if forcing is None else len(forcing.tail)
         self.state = {
@@ -80,7 +82,8 @@ class _Batch:
             "sample": np.zeros(count, np.int32),
         }
         self.clock = 0
-        self.ring = rollout.Ring(self._empty((count,), _LEAST_RING), jnp.int32(0))
+        clock = jax.device_put(np.int32(0), replicated(model.mesh))
+        self.ring = rollout.Ring(self._empty((count,), _LEAST_RING), clock)
         self.prompts: Keys | None = None
         self.shape = jnp.zeros((self.groups, plan.group), bool)
         self.set_head(head)
@@ -98,7 +101,8 @@ class _Batch:
         return Keys(zeros(), zeros(), jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
 
     def set_head(self, head: tuple[int, ...]) -> None:
-        """Prefill the tokens that every prompt of the batch starts with."""
+        """Prefill the tokens that every prompt of the batch starts with, in whole steps: their number is compiled in."""
+        head = head[: len(head) // _HEAD_STEP * _HEAD_STEP]
         self.head_tokens, self.head = head, None
         if head:
             keys = self._prefill([head], len(head))
@@ -162,8 +166,8 @@ class _Batch:
         if request is None or not self.pending[group]:
             self.rows[row] = None
             return
-        sample = self.pending[group].pop(0)
-        self.rows[row] = _Row(request, sample, time.monotonic(), self.clock)
+        item, sample = self.pending[group].pop(0)
+        self.rows[row] = _Row(request, item, sample, time.monotonic(), self.clock)
         self._set(
             row,
             token=request.prompt[-1],
@@ -174,7 +178,7 @@ class _Batch:
             live=True,
             queued=0,
             mask=scores.FREE,
-            item=request.item,
+            item=item,
             sample=sample,
         )
 
@@ -249,6 +253,7 @@ class _Batch:
         ended = drawn_end or sample.forced_from is not None
         completion = Completion(
             sample.request,
+            sample.item,
             sample.sample,
             tuple(sample.tokens),
             tuple(sample.log_probs),
@@ -292,6 +297,7 @@ def sample(
     request = next(waiting, None)
     while request is not None or (batch and any(batch.rows)):
         if batch is None:
+            check_length(model, request, plan, forcing)
             batch = _Batch(model, plan, sampling, key, common_prefix([(*head, -1), request.prompt]), forcing)
         admitted = []
         for group in batch.free_groups():
@@ -322,12 +328,21 @@ def generate(
     """k samples of each prompt: result[i][j] is sample j of prompts[i].
 
     Equal prompts share one prefill but have keys of their own: sample j of prompts[i] is a function of (key, i, j).
+    Raises ValueError for numbers below 1, and for a prompt that is empty or too long, before anything is sampled.
     """
-    requests = [Request(tuple(prompt), item, tuple(range(k))) for item, prompt in enumerate(prompts)]
+    for name, value in (("k", k), ("slots", slots)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: it has to be at least 1")
+    asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for item, prompt in enumerate(prompts):
+        asked.setdefault(tuple(prompt), []).extend((item, j) for j in range(k))
+    requests = [Request(prompt, tuple(samples)) for prompt, samples in asked.items()]
     group = min(k, slots)
-    plan = Plan(max(1, min(len(prompts), slots // group)), group, max_new_tokens)
+    plan = Plan(max(1, min(len(requests), slots // group)), group, max_new_tokens)
+    for request in requests:
+        check_length(model, request, plan, None)
     done: list[list[Completion | None]] = [[None] * k for _ in prompts]
     head = common_prefix([request.prompt for request in requests]) if requests else ()
     for completion in sample(model, requests, key, plan, sampling or Sampling(), head):
-        done[completion.request.item][completion.sample] = completion
+        done[completion.item][completion.sample] = completion
     return done

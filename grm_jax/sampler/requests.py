@@ -11,15 +11,22 @@ from grm_jax.models.decoder import Model
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Samples wanted of one distinct prompt: `samples` are indices, folded with `item` into each sample's key.
+    """Samples wanted of one distinct prompt.
 
-    numbers: how many scores a completion is to hold, where scores are forced; 0 forces none.
+    samples: (item, index) of each, both folded into its key. numbers: how many scores a completion is to hold, where
+    scores are forced; 0 forces none.
     """
 
     prompt: tuple[int, ...]
-    item: int
-    samples: tuple[int, ...]
+    samples: tuple[tuple[int, int], ...]
     numbers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.samples:
+            raise ValueError(
+                f"a request of {len(self.prompt)} prompt tokens and {len(self.samples)} samples: it needs at least one of "
+                "each (a model's bos is a prompt)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Completion:
     """
 
     request: Request
+    item: int
     sample: int
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -84,10 +92,9 @@ def check_length(model: Model, request: Request, plan: Plan, forcing: Forcing | 
     """Raise ValueError unless the prompt, its budget and the forced tail fit the model's positions."""
     extra = forcing.budget(request.numbers) if forcing and request.numbers else 0
     needed = len(request.prompt) + plan.max_new_tokens + extra
-    if not request.prompt:
-        raise ValueError(f"item {request.item}: an empty prompt; give at least one token (the model's bos, say)")
     if needed > model.config.max_positions:
         raise ValueError(
-            f"item {request.item}: a prompt of {len(request.prompt)} tokens and up to {plan.max_new_tokens + extra} new "
-            f"ones do not fit the model's {model.config.max_positions} positions; shorten the prompt or max_new_tokens"
+            f"item {request.samples[0][0]}: a prompt of {len(request.prompt)} tokens and up to "
+            f"{plan.max_new_tokens + extra} new ones do not fit the model's {model.config.max_positions} positions; "
+            "shorten the prompt or max_new_tokens"
         )

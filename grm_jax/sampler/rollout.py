@@ -28,6 +28,8 @@ from grm_jax import scores
 from grm_jax.models.decoder import NOWHERE, Cache, Keys, Params, bind
 from grm_jax.sampler.draw import Sampling, draw
 
+_QUERIES = 2048  # prompt tokens prefilled at once: their attention scores are the largest array there is
+
 
 def pytree(cls: type) -> type:
     """A frozen dataclass whose fields are all data."""
@@ -91,8 +93,16 @@ def prefill(
     start = 0 if head is None else head.positions.shape[0]
     slot = jnp.arange(tokens.shape[1])[None, :]
     positions = jnp.where(slot < lengths[:, None], start + slot, NOWHERE)
-    _, cache = bind(graph, params)(tokens, positions, Cache(() if head is None else (head,)))
-    return cache.parts[-1]
+    shared = () if head is None else (head,)
+    model, cache = bind(graph, params), Cache(shared)
+    for at in range(0, tokens.shape[1], _QUERIES):
+        _, cache = model(tokens[:, at : at + _QUERIES], positions[:, at : at + _QUERIES], cache)
+    new = cache.parts[len(shared) :]
+    k, v = (
+        tuple(jnp.concatenate(layer, axis=2) for layer in zip(*side, strict=True))
+        for side in ([part.k for part in new], [part.v for part in new])
+    )
+    return Keys(k, v, jnp.concatenate([part.positions for part in new], axis=1))
 
 
 @partial(jax.jit, donate_argnames="prompts")
@@ -149,7 +159,7 @@ def _advance(
 ) -> tuple[Rows, Int[Array, "R"], Float[Array, "R"]]:
     """Rows after one more token each, the token, and its log-probability (0 where it came from the queue)."""
     forced = rows.queued > 0
-    states = jnp.where(forced, scores.FREE, rows.mask)
+    states = jnp.where(forced | ~rows.live, scores.FREE, rows.mask)
     keys = jax.vmap(jax.random.fold_in)(keys_R, rows.drawn)
     if table is None:
         drawn, log_probs = draw(logits_RV, keys, sampling)
