@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
     try:
         COMMANDS[argv[0]](argv[1:])
+    except SystemExit as stop:  # the parser has said what was wrong, or printed its help
+        return int(stop.code or 0)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

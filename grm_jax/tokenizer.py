@@ -22,7 +22,6 @@ from typing import Any
 
 from grm_jax import vocab as vocabs
 from grm_jax.datatypes import Message
-from grm_jax.gguf_file import open_gguf
 from grm_jax.log import logger
 from grm_jax.vocab import ByteVocab, FastVocab, PieceVocab, Vocab
 
@@ -350,13 +349,14 @@ def _template(folder: Any, config: Mapping[str, Any]) -> str | None:
 def from_gguf(source: Any) -> Tokenizer:
     """Read the tokenizer of a GGUF file, of model 'gpt2' (byte-level BPE) or 'llama' (sentencepiece BPE).
 
-    Args:
-        source: a path, or the reader that `open_gguf` gave: opened once, it serves tokenizer and weights.
+    `source` is a path, or the reader that `open_gguf` gave: opened once, it serves tokenizer and weights.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file, one without a vocabulary, or a kind of vocabulary that is not known.
     """
+    from grm_jax.gguf_file import open_gguf
+
     reader = open_gguf(source) if isinstance(source, str | PathLike) else source
     try:
         return _gguf_tokenizer(reader)
