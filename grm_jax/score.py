@@ -206,18 +206,15 @@ def _show_one(example: Example, verdict: Verdict, console: Console) -> None:
         shown = ", ".join(f"Response {slot + 1} is {index + 1}" for slot, index in enumerate(judgment.order))
         text = f"{judgment.text.strip()}\n\n(in this judgment's order {shown})"
     console.print(Panel(escape(text), title=escape(f"{example.id}: {query[:80]}"), title_align="left"))
-    table = Table(
-        Column("response", no_wrap=True, overflow="ellipsis"), *(f"#{j + 1}" for j in range(verdict.votes)), "sum", ""
-    )
-    for i, text in enumerate(example.responses):
-        cells = [
+    table = Table(Column("response", no_wrap=True, overflow="ellipsis", max_width=32), "votes", "sum", "")
+    for i, response in enumerate(example.responses):
+        votes = " ".join(
             "-" if judgment.scores is None else f"{judgment.scores[i]}{'*' if judgment.forced else ''}"
             for judgment in verdict.judgments
-        ]
+        )
         best = ("tie" if verdict.tie else "best") if verdict.scores[i] == max(verdict.scores) else ""
         best = "" if len(example.responses) == 1 else best
-        head = " ".join(text.split())
-        table.add_row(escape(f"{i + 1}: {head[:40]}"), *cells, f"{verdict.scores[i]:g}", best)
+        table.add_row(escape(f"{i + 1}: {' '.join(response.split())}"), votes, f"{verdict.scores[i]:g}", best)
     console.print(table)
     if any(judgment.forced for judgment in verdict.judgments):
         console.print("* forced: the text held no valid box, and the scores were sampled under a mask")

@@ -5,4 +5,4 @@ set -euo pipefail
 
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 python="$(bash "$here/setup.sh")"
-exec "$python" -m grm_jax.main score --input examples --output verdicts.jsonl --votes 8 --show --overwrite "$@"
+exec "$python" -m grm_jax.main score --input examples --output verdicts.jsonl --votes 8 --max-new-tokens 256 --show --overwrite "$@"
