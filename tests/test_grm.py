@@ -12,7 +12,7 @@ from tiny import LLAMA, tiny_model
 import grm_jax
 from grm_jax import Example, Judgment, Message, Usage
 from grm_jax.config import JudgeSettings
-from grm_jax.grm import Grm, orders, verdict
+from grm_jax.grm import Grm, _plan, orders, verdict
 from grm_jax.sampler import Completion
 from grm_jax.tokenizer import ByteTokenizer
 
@@ -82,6 +82,21 @@ def test_equal_responses_make_one_prompt(grm, monkeypatch):
     monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [5] * len(shown), requests))
     grm.score([example("same", "same")], votes=4)
     assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("examples", "n", "votes", "slots", "groups", "group"),
+    [
+        (100, 2, 8, 32, 16, 2),  # two prompts of 4 samples each: a freed row finds another sample of its prompt
+        (100, 1, 1, 32, 32, 1),
+        (1, 2, 8, 32, 2, 4),  # too few prompts to fill the slots: all samples at once
+        (1, 1, 64, 32, 1, 32),
+        (100, 3, 8, 32, 32, 1),  # six prompts of 1 or 2
+    ],
+)
+def test_the_batch_fits_what_is_asked(examples, n, votes, slots, groups, group):
+    plan = _plan([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(votes=votes, slots=slots))
+    assert (plan.groups, plan.group) == (groups, group)
 
 
 def test_orders_are_dealt_evenly_and_do_not_depend_on_the_number_of_votes():

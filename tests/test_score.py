@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from grm_jax.main import main
 from grm_jax.models.decoder import random_params
+from grm_jax.prompts import TEMPLATES
 from grm_jax.vocab import byte_symbols
 
 ROWS = [
@@ -128,6 +129,28 @@ def test_bad_rows_are_named_before_the_model_is_looked_at(rows, tmp_path, capsys
     assert "rows.jsonl:5" in error
     assert "/no/such/model" not in error
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_that_the_template_has_no_place_for_are_named_before_the_model_is_looked_at(rows, tmp_path, capsys):
+    template = tmp_path / "mine.txt"
+    text = (TEMPLATES / "listwise.txt").read_text()
+    start, end = text.index("{% if reference is not none %}"), text.index("{% endif %}") + len("{% endif %}")
+    template.write_text(text[:start] + text[end:])
+    assert run("/no/such/model", rows, tmp_path / "out.jsonl", "--template", str(template)) == 2
+    error = capsys.readouterr().err
+    assert "1 rows do not fit the template" in error
+    assert "does not show 'reference', which 'one' has" in error
+    assert run("/no/such/model", rows, tmp_path / "out.jsonl", "--template", str(template), "--skip-bad") == 2
+    error = capsys.readouterr().err
+    assert "1 rows that do not fit the template left out" in error
+    assert "/no/such/model does not exist" in error
+
+
+def test_a_mistyped_model_leaves_the_old_verdicts_alone(rows, tmp_path):
+    old = tmp_path / "out.jsonl"
+    old.write_text("{}\n")
+    assert run("/no/such/model", rows, old, "--overwrite") == 2
+    assert old.read_text() == "{}\n"
 
 
 def test_skip_bad_leaves_them_out_and_says_so(folder, rows, tmp_path, capsys):
