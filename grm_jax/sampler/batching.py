@@ -49,7 +49,7 @@ class _Row:
 
 
 class _Batch:
-    """The device arrays of a batch and the host's mirror of its rows. `run` drives it."""
+    """The device arrays of a batch and the host's mirror of its rows. `sample` drives it."""
 
     def __init__(
         self,
