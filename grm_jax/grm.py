@@ -143,7 +143,7 @@ class Grm:
         return [[Generated(tokenizer.decode(c.tokens), c.tokens, c.log_probs, c.ended) for c in row] for row in rows]
 
     def logits(self, token_ids: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
-        """Next-token logits at every position of right-aligned-at-0 rows, float32."""
+        """Next-token logits at every position, float32; each row starts at position 0."""
         tokens = jnp.asarray(token_ids, jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return _forward(self.model.graph, self.model.params, tokens, positions)

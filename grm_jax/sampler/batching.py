@@ -157,7 +157,7 @@ class _Batch:
             return
         width = self.prompts.positions.shape[1]
         if wanted > width or 0 < wanted <= width // 4:
-            self.prompts = rollout.restore(self.prompts, wanted)
+            self.prompts = rollout.resize_prompts(self.prompts, wanted)
 
     def _start(self, row: int) -> None:
         """Begin the group's next sample in this row, if one is left."""

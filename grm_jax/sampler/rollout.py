@@ -128,7 +128,7 @@ def forget(prompts: Keys, slot: Int[Array, ""]) -> Keys:
 
 
 @partial(jax.jit, static_argnames="length")
-def restore(prompts: Keys, length: int) -> Keys:
+def resize_prompts(prompts: Keys, length: int) -> Keys:
     """The batch's prompt cache with another number of slots a prompt; the last ones are added or dropped."""
 
     def fit(store: jax.Array, axis: int, fill: int) -> jax.Array:
