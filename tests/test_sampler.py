@@ -12,8 +12,8 @@ from tiny import GEMMA, LLAMA, QWEN3, tiny_model
 
 from grm_jax import scores
 from grm_jax.models.decoder import Cache, Keys, Model, bind
-from grm_jax.sampler import Forcing, Plan, Request, Sampling, generate, rollout, sample
-from grm_jax.sampler.draw import draw
+from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, generate, rollout, sample
+from grm_jax.sampler.draw import restrict
 from grm_jax.sampler.requests import common_prefix, power_of_two
 
 KEY = jax.random.key(7, impl="threefry2x32")
@@ -35,29 +35,29 @@ def whole(config):
     return logits
 
 
-@cache
-def next_token(config, sampling):
-    """The token behind the first `length` ones of a padded text."""
-    logits = whole(config)
+def assert_drawn(found: Completion, model: Model, new: int, sampling: Sampling) -> None:
+    """Every token, and the end, is what the sample's own key draws from one forward pass over the whole text.
 
-    @jax.jit
-    def token(params, tokens, length, key):
-        row = jax.lax.dynamic_index_in_dim(logits(params, tokens)[0], length - 1)
-        return draw(row, key[None], sampling)[0][0]
-
-    return token
-
-
-def reference(model: Model, prompt: Sequence[int], item: int, j: int, new: int, sampling: Sampling) -> list[int]:
-    """Sample j of an item, one whole forward pass a token."""
-    key, text = jax.random.fold_in(jax.random.fold_in(KEY, item), j), list(prompt)
-    for step in range(new):
-        padded = np.array([text + [0] * (LENGTH - len(text))])
-        token = next_token(model.config, sampling)(model.params, padded, len(text), jax.random.fold_in(key, step))
-        if int(token) in sampling.eos_ids:
-            break
-        text.append(int(token))
-    return text[len(prompt) :]
+    A draw takes the token whose stretch of the cumulative distribution holds the key's uniform number. Two programs
+    round differently, so a number within 1e-5 of a stretch's edge may fall on either side: on any machine, once in
+    about a thousand tokens.
+    """
+    prompt, text = found.request.prompt, [*found.request.prompt, *found.tokens]
+    assert found.ended or len(found.tokens) == new
+    logits = whole(model.config)(model.params, np.array([text + [0] * (LENGTH - len(text))]))[0]
+    own = jax.random.fold_in(jax.random.fold_in(KEY, found.item), found.sample)
+    count = len(found.tokens) + found.ended
+    logits = np.asarray(restrict(logits[len(prompt) - 1 :][:count], sampling))
+    if sampling.temperature == 0:
+        assert logits[np.arange(len(found.tokens)), found.tokens].tolist() == pytest.approx(logits.max(1), abs=1e-4)
+        return
+    numbers = jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(own, step)))(jnp.arange(count))
+    upper = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64), axis=1)
+    lower = np.pad(upper, ((0, 0), (1, 0)))[:, :-1]
+    for step, number in enumerate(np.asarray(numbers)):
+        drawn = [found.tokens[step]] if step < len(found.tokens) else sampling.eos_ids
+        assert any(lower[step, t] - 1e-5 <= number <= upper[step, t] + 1e-5 for t in drawn), f"token {step}"
+        assert step == len(found.tokens) or found.tokens[step] not in sampling.eos_ids
 
 
 def ask(prompt: Sequence[int], item: int, *samples: int, numbers: int = 0) -> Request:
@@ -107,7 +107,7 @@ def test_samples_equal_the_reference_token_for_token(family):
     sampling = Sampling(eos_ids=(5, 9))
     found = generate(model, prompts, 3, KEY, max_new_tokens=20, sampling=sampling, slots=6)
     for item, j in ((0, 0), (1, 2), (2, 1), (3, 0), (4, 2)):
-        assert list(found[item][j].tokens) == reference(model, prompts[item], item, j, 20, sampling)
+        assert_drawn(found[item][j], model, 20, sampling)
 
 
 def test_shared_prefix_samples_equal_separate_runs():
@@ -137,7 +137,7 @@ def test_a_row_longer_than_the_smallest_ring_equals_the_reference():
     model, (prompt,), sampling = tiny_model(), prompts_of(6), Sampling()
     (found,) = generate(model, [prompt], 2, KEY, max_new_tokens=300, sampling=sampling)
     assert [len(c.tokens) for c in found] == [300, 300]
-    assert list(found[1].tokens) == reference(model, prompt, 0, 1, 300, sampling)
+    assert_drawn(found[1], model, 300, sampling)
 
 
 def test_long_and_short_rows_share_a_ring_as_it_wraps_and_grows():
@@ -146,7 +146,7 @@ def test_long_and_short_rows_share_a_ring_as_it_wraps_and_grows():
     prompts = prompts_of(*[4] * 40, seed=5)
     found = generate(model, prompts, 2, KEY, max_new_tokens=200, sampling=sampling, slots=4)
     longest = max(range(40), key=lambda i: len(found[i][0].tokens))
-    assert list(found[longest][0].tokens) == reference(model, prompts[longest], longest, 0, 200, sampling)
+    assert_drawn(found[longest][0], model, 200, sampling)
 
 
 def test_the_first_token_may_end_a_row():
@@ -170,7 +170,8 @@ def test_greedy_takes_the_likeliest_token_whatever_the_key():
     greedy = Sampling(temperature=0)
     ((one,),) = generate(model, prompts, 1, KEY, max_new_tokens=12, sampling=greedy)
     ((two,),) = generate(model, prompts, 1, jax.random.key(99), max_new_tokens=12, sampling=greedy)
-    assert one.tokens == two.tokens == tuple(reference(model, prompts[0], 0, 0, 12, greedy))
+    assert one.tokens == two.tokens
+    assert_drawn(one, model, 12, greedy)
 
 
 def test_log_probs_are_those_of_the_distribution_drawn_from():
@@ -197,7 +198,8 @@ def test_a_prompt_that_does_not_share_the_head_is_sampled_right():
     requests = [ask(p, i, 0) for i, p in enumerate(prompts)]
     found = {c.item: c for c in sample(model, requests, KEY, Plan(2, 1, 8), sampling, prompts[0][:150])}
     for item, prompt in enumerate(prompts):
-        assert list(found[item].tokens) == reference(model, prompt, item, 0, 8, sampling)
+        assert found[item].request.prompt == tuple(prompt)
+        assert_drawn(found[item], model, 8, sampling)
 
 
 def test_decode_compiles_once_for_a_bucket():
@@ -225,7 +227,7 @@ def test_prompt_cache_and_ring_shrink_again_and_samples_stay_right():
     prompts = prompts_of(200, *[3, 5, 4, 6] * 8, 150, 6)
     found = generate(model, prompts, 3, KEY, max_new_tokens=300, sampling=sampling, slots=4)
     for item in (0, 1, 9, 20, 33, 34):
-        assert list(found[item][2].tokens) == reference(model, prompts[item], item, 2, 300, sampling)
+        assert_drawn(found[item][2], model, 300, sampling)
 
 
 def test_equal_prompts_share_a_prefill_and_not_their_samples(monkeypatch):
@@ -237,7 +239,8 @@ def test_equal_prompts_share_a_prefill_and_not_their_samples(monkeypatch):
     assert len(widths) == 2
     assert found[0][0].tokens != found[2][0].tokens
     for item, prompt in ((0, prompts[0]), (2, prompts[0]), (1, prompts[1])):
-        assert list(found[item][1].tokens) == reference(tiny_model(), prompt, item, 1, 8, Sampling())
+        assert found[item][1].request.prompt == tuple(prompt)
+        assert_drawn(found[item][1], tiny_model(), 8, Sampling())
 
 
 def test_a_prompt_longer_than_one_prefill_pass(monkeypatch):

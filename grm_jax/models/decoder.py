@@ -8,7 +8,8 @@ What happens in a call `hidden, cache = model(tokens, positions, cache)`:
 
 Masks are never passed: every key carries its position, -1 where nothing is stored, and a query at position p sees the
 keys at 0 <= position <= p, within the layer's window. So left padding, right padding, ring buffers and shared prefixes
-are one rule, and no real token can see padding.
+are one rule, and no real token can see padding. Texts packed into one row carry segments besides: new tokens then see
+those of their own segment only.
 
 Inside, activations are FEATURES FIRST, [D, R]: every product is weights times activations, which for the few rows of a
 decoding step is up to 1.6 times as fast on CPU as activations times weights, and the same to an accelerator.
@@ -22,36 +23,22 @@ Sources: Llama 3 (arXiv 2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388), G
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from grm_jax.models.attention import Keys, Owner, attend, softcapped, visible
 from grm_jax.models.config import DecoderConfig, RopeScaling
 
 Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
 
-NOWHERE = -1  # the position of a key that is not there
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "positions"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """Keys and values that queries may see, an array a layer.
-
-    k, v: [..., K, S, H], k rotated; positions: int32 [..., S], -1 where nothing is stored. The leading axes say who may
-    see them: () every query, (B,) the queries of a row, (R,) one query alone. A part that every query may see is full (no
-    -1) and stands before all of them, so only a window masks it.
-    """
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-    positions: jax.Array
+Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts", "own", "clock"], meta_fields=[])
@@ -67,11 +54,6 @@ class Cache:
     parts: tuple[Keys, ...] = ()
     own: Keys | None = None
     clock: jax.Array | int = 0
-
-
-def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum in the dtype of `w`, accumulated in float32."""
-    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
 def _linear(w: jax.Array, x_IR: jax.Array) -> jax.Array:
@@ -91,10 +73,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.
     return x * scale * weight
 
 
-def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "H/2"]:
     """Angular frequency of each rotated pair, in radians a token; Llama 3.1's scaling where the config has one."""
     freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -111,64 +89,6 @@ def _rotate(x_NHR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (a[None] for a in angles)
     first, second = jnp.split(x_NHR, 2, axis=1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
-
-
-def _visible(queries_BT: jax.Array, keys_BTS: jax.Array, window: int | None) -> jax.Array:
-    """Which keys each query sees: [B, T, S] from positions of queries [B, T] and of keys, broadcastable [B, T, S]."""
-    age = queries_BT[:, :, None] - keys_BTS
-    seen = (keys_BTS > NOWHERE) & (age >= 0)
-    return seen if window is None else seen & (age < window)
-
-
-class Owner(enum.Enum):
-    """Who may see a part, and how a batched product over it goes: scores, the order that they come out in, mix.
-
-    The scores stay in that order (batch axes first), so that nothing as large as them is ever transposed.
-    """
-
-    ALL = ("BTKQH,KSH->KBTQS", "KBTQ->BTKQ", "KBTQS,KSH->KBTQH", (None, slice(None), slice(None), None))
-    ROW = ("BTKQH,BKSH->BKTQS", "BKTQ->BTKQ", "BKTQS,BKSH->BKTQH", (slice(None), None, slice(None), None))
-    QUERY = ("RKQH,RKSH->RKQS", "RKQ->RKQ", "RKQS,RKSH->RKQH", (slice(None), None, None))
-
-
-def _attend_part(
-    q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array | None, softcap: float | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One part's share of a softmax: its largest score and its sum of exponentials [B, T, K, Q], its mix [..., H]."""
-    scores_spec, order, mix_spec, where = owner.value
-    shape = q.shape
-    if owner is Owner.QUERY:
-        q, seen = q.reshape(-1, *shape[2:]), seen.reshape(-1, seen.shape[-1])
-    s = _softcap(_dot(scores_spec, q, k), softcap)
-    if seen is not None:
-        s = jnp.where(seen[where], s, -jnp.inf)
-    top = jnp.maximum(s.max(-1), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
-    p = jnp.exp(s - top[..., None])
-    total, mix = p.sum(-1), _dot(mix_spec, p, v)
-    source, target = order.split("->")
-    axes = tuple(source.index(letter) for letter in target)
-    top, total, mix = top.transpose(axes), total.transpose(axes), mix.transpose(*axes, len(axes))
-    return top.reshape(shape[:-1]), total.reshape(shape[:-1]), mix.reshape(shape)
-
-
-def attend(
-    q: Float[Array, "B T K Q H"],
-    parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array | None]],
-    softcap: float | None,
-) -> Float[Array, "B T K Q H"]:
-    """Attention over several parts with one softmax.
-
-    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S], None for all of them); leading axes of k
-    and v as in `Keys`. A query that sees nothing at all (padding) gets zeros.
-    """
-    shares = [_attend_part(q, *part, softcap) for part in parts]
-    top = shares[0][0]
-    for part_top, _, _ in shares[1:]:
-        top = jnp.maximum(top, part_top)
-    weights = [jnp.exp(part_top - top) for part_top, _, _ in shares]
-    total = sum(w * t for w, (_, t, _) in zip(weights, shares, strict=True))
-    out = sum(w[..., None] * m for w, (_, _, m) in zip(weights, shares, strict=True))
-    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
@@ -276,12 +196,19 @@ class Decoder(nnx.Module):
             self.head = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        remat: Remat | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final hidden states (normed, float32) and the cache with the new tokens in it.
 
         tokens: any id where positions is -1 (padding). With `cache.own` the returned cache has the tokens written in
         slot `clock` and the clock moved on; otherwise the new keys come back as one more part, (B,) leading.
+        segments: which of the texts packed into its row a token belongs to; without `cache.own`, and positions then
+        begin anew with each. remat: wraps a layer (`jax.checkpoint`), so that the backward pass computes it again.
         """
         cache = cache or Cache()
         config, shape = self.config, tokens.shape
@@ -297,24 +224,22 @@ class Decoder(nnx.Module):
         keys = [p.reshape(-1, 1, p.shape[-1]) for p in (*(part.positions for part in cache.parts), new_positions)]
         if cache.own is not None:
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
-        seen = {
-            w: [
-                None if owner is Owner.ALL and w is None else _visible(positions, p, w)
-                for owner, p in zip(owners, keys, strict=True)
-            ]
-            for w in set(config.windows)
-        }
+        seen = {w: visible(positions, owners, keys, segments, w) for w in set(config.windows)}
         ks, vs = [], []
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
-            q, k, v = block.project(x, angles)
-            if cache.own is None:
-                k, v = (y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))  # [B, K, T, H]
-            else:
-                k, v = _write(cache.own.k[i], k, cache.clock), _write(cache.own.v[i], v, cache.clock)
-            pairs = [*((part.k[i], part.v[i]) for part in cache.parts), (k, v)]
-            parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, seen[window], strict=True)]
-            mixed = attend(q.reshape(*shape, *q.shape[1:]), parts, config.attention_softcap)
-            x = block.add_mlp(block.add_attention(x, mixed.reshape(q.shape)))
+
+            def layer(x: jax.Array, i: int = i, block: Block = block, window: int | None = window):
+                q, k, v = block.project(x, angles)
+                if cache.own is None:
+                    k, v = (y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))  # [B, K, T, H]
+                else:
+                    k, v = _write(cache.own.k[i], k, cache.clock), _write(cache.own.v[i], v, cache.clock)
+                pairs = [*((part.k[i], part.v[i]) for part in cache.parts), (k, v)]
+                parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, seen[window], strict=True)]
+                mixed = attend(q.reshape(*shape, *q.shape[1:]), parts, config.attention_softcap)
+                return block.add_mlp(block.add_attention(x, mixed.reshape(q.shape))), k, v
+
+            x, k, v = (layer if remat is None else remat(layer))(x)
             ks.append(k)
             vs.append(v)
         new = Keys(tuple(ks), tuple(vs), new_positions)
@@ -323,12 +248,16 @@ class Decoder(nnx.Module):
             return hidden, dataclasses.replace(cache, parts=(*cache.parts, new))
         return hidden, dataclasses.replace(cache, own=new, clock=cache.clock + 1)
 
+    @property
+    def head_matrix(self) -> Float[Array, "V D"]:
+        """The output head's weights: the embedding itself where they are tied."""
+        return (self.embed if self.config.tied else self.head)[...]
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of hidden states, float32, soft-capped where the family does so."""
-        head = self.embed if self.config.tied else self.head
         # The barrier keeps the product weights-first: XLA would swap its sides to save a transposition that costs less.
-        logits_VR = jax.lax.optimization_barrier(_linear(head[...], hidden.reshape(-1, hidden.shape[-1]).T))
-        return _softcap(logits_VR, self.config.logit_softcap).T.reshape(*hidden.shape[:-1], -1)
+        logits_VR = jax.lax.optimization_barrier(_linear(self.head_matrix, hidden.reshape(-1, hidden.shape[-1]).T))
+        return softcapped(logits_VR, self.config.logit_softcap).T.reshape(*hidden.shape[:-1], -1)
 
 
 def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Array:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import scores
-from grm_jax.models.decoder import NOWHERE, Keys, Model
+from grm_jax.models.attention import Keys
+from grm_jax.models.decoder import Model
 from grm_jax.sampler import rollout
 from grm_jax.sampler.draw import Sampling
 from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_length, common_prefix, power_of_two
@@ -89,16 +90,7 @@ class _Batch:
         self.set_head(head)
 
     def _empty(self, lead: tuple[int, ...], slots: int) -> Keys:
-        """A part that holds nothing, split over the mesh."""
-        c, mesh, dtype = self.model.config, self.model.mesh, self.model.dtype
-        store = batch_sharding(mesh, "kv_heads")
-
-        def zeros() -> tuple[jax.Array, ...]:
-            return tuple(
-                jnp.zeros((*lead, c.kv_heads, slots, c.head_dim), dtype, device=store) for _ in range(c.layers)
-            )
-
-        return Keys(zeros(), zeros(), jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
+        return rollout.empty(self.model.config, self.model.mesh, self.model.dtype, lead, slots)
 
     def set_head(self, head: tuple[int, ...]) -> None:
         """Prefill the tokens that every prompt of the batch starts with, in whole steps: their number is compiled in."""

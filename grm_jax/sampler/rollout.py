@@ -25,8 +25,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grm_jax import scores
-from grm_jax.models.decoder import NOWHERE, Cache, Keys, Params, bind
+from grm_jax.models.attention import NOWHERE, Keys
+from grm_jax.models.config import DecoderConfig
+from grm_jax.models.decoder import Cache, Params, bind
 from grm_jax.sampler.draw import Sampling, draw
+from grm_jax.sharding import batch_sharding
 
 _QUERIES = 2048  # prompt tokens prefilled at once: their attention scores are the largest array there is
 
@@ -83,6 +86,13 @@ class Emitted:
 def row_keys(key: Key[Array, ""], items: Int[Array, "R"], samples: Int[Array, "R"]) -> Key[Array, "R"]:
     """One key a row: a function of the run's key, the item and the sample, so of nothing about batching."""
     return jax.vmap(lambda item, sample: jax.random.fold_in(jax.random.fold_in(key, item), sample))(items, samples)
+
+
+def empty(config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype, lead: tuple[int, ...], slots: int) -> Keys:
+    """A part that holds nothing, [*lead, K, slots, H] a layer, its first axis split over the mesh's data."""
+    shape, store = (*lead, config.kv_heads, slots, config.head_dim), batch_sharding(mesh, "kv_heads")
+    k, v = (tuple(jnp.zeros(shape, dtype, device=store) for _ in range(config.layers)) for _ in range(2))
+    return Keys(k, v, jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -1,0 +1,125 @@
+"""Attention over parts: keys that lie in several arrays, one softmax over all of them.
+
+1. `Keys` are stored keys and values with their positions; their leading axes say who may see them (`Owner`).
+2. `visible` works out, from positions and segments alone, which keys of each part a query sees.
+3. `attend` computes each part's share of the softmax and adds the shares up, so no part is copied to stand by another.
+
+Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+NOWHERE = -1  # the position of a key that is not there
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "positions"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Keys and values that queries may see, an array a layer.
+
+    k, v: [..., K, S, H], k rotated; positions: int32 [..., S], -1 where nothing is stored. The leading axes say who may
+    see them: () every query, (P,) the queries of a row, or, with P a divisor of B, those of B / P neighbouring rows, which
+    are samples of one prompt; (R,) one query alone. A part that every query may see is full (no -1) and stands before
+    all of them, so only a window masks it.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    positions: jax.Array
+
+
+def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum in the dtype of `w`, accumulated in float32."""
+    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+
+def softcapped(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _in_sight(queries_BT: jax.Array, keys_BTS: jax.Array, window: int | None) -> jax.Array:
+    """Which keys each query sees: [B, T, S] from positions of queries [B, T] and of keys, broadcastable [B, T, S]."""
+    age = queries_BT[:, :, None] - keys_BTS
+    seen = (keys_BTS > NOWHERE) & (age >= 0)
+    return seen if window is None else seen & (age < window)
+
+
+def visible(
+    positions: jax.Array,
+    owners: Sequence[Owner],
+    keys: Sequence[jax.Array],
+    segments: jax.Array | None,
+    window: int | None,
+) -> list[jax.Array | None]:
+    """What each part's mask is, None where every query sees all of it; the last part is the new tokens."""
+    masks: list[jax.Array | None] = []
+    for owner, p in zip(owners, keys, strict=True):
+        queries = positions.reshape(p.shape[0], -1) if owner is Owner.ROW else positions
+        masks.append(None if owner is Owner.ALL and window is None else _in_sight(queries, p, window))
+    if segments is not None:
+        masks[-1] &= segments[:, :, None] == segments[:, None, :]
+    return masks
+
+
+class Owner(enum.Enum):
+    """Who may see a part, and how a batched product over it goes: scores, the order that they come out in, mix.
+
+    The scores stay in that order (batch axes first), so that nothing as large as them is ever transposed.
+    """
+
+    ALL = ("BTKQH,KSH->KBTQS", "KBTQ->BTKQ", "KBTQS,KSH->KBTQH", (None, slice(None), slice(None), None))
+    ROW = ("BTKQH,BKSH->BKTQS", "BKTQ->BTKQ", "BKTQS,BKSH->BKTQH", (slice(None), None, slice(None), None))
+    QUERY = ("RKQH,RKSH->RKQS", "RKQ->RKQ", "RKQS,RKSH->RKQH", (slice(None), None, None))
+
+
+def _attend_part(
+    q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array | None, softcap: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One part's share of a softmax: its largest score and its sum of exponentials [B, T, K, Q], its mix [..., H]."""
+    scores_spec, order, mix_spec, where = owner.value
+    shape = q.shape
+    if owner is Owner.QUERY:
+        q, seen = q.reshape(-1, *shape[2:]), seen.reshape(-1, seen.shape[-1])
+    elif owner is Owner.ROW:
+        q = q.reshape(k.shape[0], -1, *shape[2:])
+    s = softcapped(_dot(scores_spec, q, k), softcap)
+    if seen is not None:
+        s = jnp.where(seen[where], s, -jnp.inf)
+    # Finite where nothing is seen. It cancels out of the result, so no gradient goes through it.
+    top = jax.lax.stop_gradient(jnp.maximum(s.max(-1), jnp.finfo(jnp.float32).min))
+    p = jnp.exp(s - top[..., None])
+    total, mix = p.sum(-1), _dot(mix_spec, p, v)
+    source, target = order.split("->")
+    axes = tuple(source.index(letter) for letter in target)
+    top, total, mix = top.transpose(axes), total.transpose(axes), mix.transpose(*axes, len(axes))
+    return top.reshape(shape[:-1]), total.reshape(shape[:-1]), mix.reshape(shape)
+
+
+def attend(
+    q: Float[Array, "B T K Q H"],
+    parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array | None]],
+    softcap: float | None,
+) -> Float[Array, "B T K Q H"]:
+    """Attention over several parts with one softmax.
+
+    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S] where a
+    part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all (padding)
+    gets zeros.
+    """
+    shares = [_attend_part(q, *part, softcap) for part in parts]
+    top = shares[0][0]
+    for part_top, _, _ in shares[1:]:
+        top = jnp.maximum(top, part_top)
+    weights = [jnp.exp(part_top - top) for part_top, _, _ in shares]
+    total = sum(w * t for w, (_, t, _) in zip(weights, shares, strict=True))
+    out = sum(w[..., None] * m for w, (_, _, m) in zip(weights, shares, strict=True))
+    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
