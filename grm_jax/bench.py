@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -27,8 +24,9 @@ from rich.table import Table
 
 from grm_jax.config import BenchConfig
 from grm_jax.grm import load
-from grm_jax.models.config import DecoderConfig
+from grm_jax.metrics import device_memory
 from grm_jax.models.decoder import Model
+from grm_jax.models.flops import attention_flops, matrix_weights, product_flops, timed
 from grm_jax.sampler import Sampling, generate, rollout
 
 
@@ -80,38 +78,12 @@ def run(config: BenchConfig) -> None:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def timed(call: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that compiles."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
 def measure_ceilings(dtype: jnp.dtype, size: int = 2048, array_bytes: int = 1 << 29) -> Ceilings:
     """The best of five: a product of two [size, size] matrices, and a maximum over `array_bytes` of float32."""
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
     x = jnp.ones(array_bytes // 4, jnp.float32)
     parts = 2 * jax.local_device_count() if jax.default_backend() != "cpu" else 8
     read = jax.jit(lambda x: x.reshape(parts, -1).max(axis=1))
-    return Ceilings(
-        flops=2 * size**3 / min(timed(lambda: product(a, a), 5)), bytes=array_bytes / min(timed(lambda: read(x), 5))
-    )
-
-
-def matrix_weights(c: DecoderConfig) -> int:
-    """Weights that every token is multiplied with, the head included."""
-    attention = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
-    return c.layers * (attention + 3 * c.dim * c.mlp_dim) + c.vocab_size * c.dim
-
-
-def attention_flops(c: DecoderConfig, context: float) -> float:
-    """FLOPs of one token's attention over `context` tokens, all layers."""
-    return 4 * c.layers * c.heads * c.head_dim * context
+    return Ceilings(flops=product_flops(dtype, size), bytes=array_bytes / min(timed(lambda: read(x), 5)))
 
 
 def measure(model: Model, config: BenchConfig, batch: int, votes: int, ceilings: Ceilings) -> Measured:
@@ -151,15 +123,8 @@ def measure(model: Model, config: BenchConfig, batch: int, votes: int, ceilings:
         decode_flops_share=decode_flops / decode_seconds / ceilings.flops,
         decode_bytes_share=decode_bytes / decode_seconds / ceilings.bytes,
         prefill_flops_share=prefill_flops / prefill_seconds / ceilings.flops,
-        peak_bytes=peak_bytes(),
+        peak_bytes=device_memory(),
     )
-
-
-def peak_bytes() -> int:
-    """The most memory held so far: of the device where it says so, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _print(config: BenchConfig, model: Model, ceilings: Ceilings, rows: list[Measured]) -> None:

@@ -123,8 +123,11 @@ class BenchConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: give numbers of at least 1, such as 1,8,32")
 
 
-def parse(kind: type[Config], args: Sequence[str], prog: str) -> Config:
-    """The config that the arguments describe. Lists of numbers may be written 1,8,32. Raises ValueError as `kind` does."""
+def parse(kind: type[Config], args: Sequence[str], prog: str, default: Config | None = None) -> Config:
+    """The config that the arguments describe. Lists of numbers may be written 1,8,32. Raises ValueError as `kind` does.
+
+    default: what fields that no argument names are; by default those of `kind`.
+    """
     lists = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}
     spread = []
     for arg in args:
@@ -133,4 +136,4 @@ def parse(kind: type[Config], args: Sequence[str], prog: str) -> Config:
     args = [
         part for i, arg in enumerate(spread) for part in (arg.split(",") if i and spread[i - 1] in lists else [arg])
     ]
-    return tyro.cli(kind, args=args, prog=prog)
+    return tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -76,3 +77,8 @@ class Verdict:
     valid: int
     judgments: tuple[Judgment, ...]
     usage: Usage
+
+
+def stable_hash(text: str) -> int:
+    """31 bits of sha256: the same on every machine, unlike `hash`. Draws are seeded by it, so order does not matter."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

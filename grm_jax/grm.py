@@ -14,12 +14,11 @@ shuffled deck, so each sample's order is still uniform, and no order comes up ag
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
@@ -30,10 +29,11 @@ from jaxtyping import Array, Float, Int
 from grm_jax import prompts, scores, voting
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
-from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
+from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
 from grm_jax.models.decoder import Model, bind, split_abstract
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
 from grm_jax.sharding import make_mesh, parameter_sharding
+from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
 
@@ -63,11 +63,6 @@ def orders(example_id: str, n: int, votes: int, seed: int) -> list[tuple[int, ..
     deck = list(itertools.permutations(range(n)))
     shuffled = [deck[i] for i in rng.permutation(len(deck))]
     return [shuffled[j % len(deck)] for j in range(votes)]
-
-
-def stable_hash(text: str) -> int:
-    """31 bits of sha256: the same on every machine, unlike `hash`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +96,17 @@ class Grm:
         verdicts = {v.id: v for v in self.judge(examples, JudgeSettings(votes=votes, seed=seed, **settings))}
         return [verdicts[example.id] for example in examples]
 
-    def judge(self, examples: Sequence[Example], settings: JudgeSettings) -> Iterator[Verdict]:
-        """Verdicts as they come to be, in no order. The samples keep one batch full across examples."""
+    def judge(
+        self, examples: Sequence[Example], settings: JudgeSettings,
+        template_of: Callable[[Example], prompts.Template] | None = None,
+        hint_of: Callable[[Example], prompts.Hint] | None = None,
+    ) -> Iterator[Verdict]:  # fmt: skip
+        """Verdicts as they come to be, in no order. The samples keep one batch full across examples.
+
+        template_of: what shows an example; by default `template` of its number of responses. hint_of: the truth that is
+        told at the end of an example's prompt (hinted sampling, section 3.1). Raises ValueError: ids that occur twice,
+        a hint or example that the template has no place for, a prompt that cannot be cut to fit.
+        """
         seen: set[str] = set()
         for example in examples:
             if example.id in seen:
@@ -110,15 +114,16 @@ class Grm:
                     f"example id {example.id!r} occurs twice: ids name an example's samples, make them unique"
                 )
             seen.add(example.id)
-        template_of = {n: self.template(n, settings) for n in {len(example.responses) for example in examples}}
-        mixed = len(set(template_of.values())) > 1
+        by_n = cache(partial(self.template, settings=settings))
+        template_of = template_of or (lambda example: by_n(len(example.responses)))
+        mixed = len({template_of(example) for example in examples}) > 1
         window = _WINDOW if mixed else max(len(examples), 1)  # verdicts of a mixed file stay near their order
         for start in range(0, len(examples), window):
             by_template: dict[prompts.Template, list[Example]] = {}
             for example in examples[start : start + window]:
-                by_template.setdefault(template_of[len(example.responses)], []).append(example)
+                by_template.setdefault(template_of(example), []).append(example)
             for template, group in by_template.items():
-                yield from _judge_with(self, template, group, settings)
+                yield from _judge_with(self, template, group, settings, hint_of)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
         """The template that shows n responses."""
@@ -156,9 +161,14 @@ class Grm:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each id of the model's vocabulary, which may be larger or smaller than the tokenizer's."""
-        table, size = self.need_tokenizer().token_bytes(), self.model.config.vocab_size
-        return [*table, *[b""] * (size - len(table))][:size]
+        """The bytes of each id of the model's vocabulary."""
+        return vocabulary_bytes(self.need_tokenizer(), self.model.config.vocab_size)
+
+
+def vocabulary_bytes(tokenizer: tokenizers.Tokenizer, size: int) -> list[bytes]:
+    """The bytes of each of a model's `size` ids, which may be more or fewer than the tokenizer's."""
+    table = tokenizer.token_bytes()
+    return [*table, *[b""] * (size - len(table))][:size]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -172,13 +182,30 @@ def _prompt_ids(tokenizer: tokenizers.Tokenizer, messages: tuple[Message, ...]) 
     return tuple(tokenizer.encode(tokenizer.chat(messages)))
 
 
+def _hint_tokens(
+    tokenizer: tokenizers.Tokenizer, template: prompts.Template, example: Example, hint: prompts.Hint
+) -> int:
+    """Tokens that a hint adds to a prompt, counted on the example without its texts.
+
+    The best response is shown last, where its number has the most digits.
+    """
+    n = len(example.responses)
+    bare = Example(example.id, (Message("user", "?"),), ("?",) * n)
+    order = tuple(sorted(range(n), key=lambda i: i == hint.best))
+    told, untold = (len(_prompt_ids(tokenizer, prompts.render(bare, order, template, h))) for h in (hint, None))
+    return told - untold
+
+
 def _prepare(
-    grm: Grm, template: prompts.Template, example: Example, settings: JudgeSettings, forcing: Forcing | None
-) -> _Task:
+    grm: Grm, template: prompts.Template, example: Example, settings: JudgeSettings, forcing: Forcing | None,
+    hint: prompts.Hint | None,
+) -> _Task:  # fmt: skip
     """Cut, render and tokenise an example's distinct prompts."""
     tokenizer, n = grm.need_tokenizer(), len(example.responses)
     numbers = n if forcing else 0
     room = settings.max_new_tokens + (forcing.budget(numbers) if forcing else 0)
+    if hint is not None:
+        room += _hint_tokens(tokenizer, template, example, hint)
     shown, cut = prompts.fit(
         example,
         template,
@@ -188,7 +215,7 @@ def _prepare(
     )
     dealt = orders(example.id, n, settings.votes, settings.seed)
     ids_of = {
-        order: _prompt_ids(tokenizer, prompts.render(shown, order, template, controls=tokenizer.specials))
+        order: _prompt_ids(tokenizer, prompts.render(shown, order, template, hint, tokenizer.specials))
         for order in set(dealt)
     }
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -198,8 +225,9 @@ def _prepare(
 
 
 def _judge_with(
-    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings
-) -> Iterator[Verdict]:
+    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
+    hint_of: Callable[[Example], prompts.Hint] | None,
+) -> Iterator[Verdict]:  # fmt: skip
     """Judge examples that share a template."""
     tokenizer = grm.need_tokenizer()
     forcing = None
@@ -210,7 +238,8 @@ def _judge_with(
             tuple(tokenizer.encode_plain(scores.FORCE_TAIL)),
             lambda ids, n: scores.parse(tokenizer.decode(ids), n, template.low, template.high)[0] is not None,
         )
-    prepared = (_prepare(grm, template, example, settings, forcing) for example in examples)
+    hints = (hint_of(example) if hint_of else None for example in examples)
+    prepared = (_prepare(grm, template, e, settings, forcing, h) for e, h in zip(examples, hints, strict=True))
     peeked = list(itertools.islice(prepared, _PEEK))
     head = common_prefix([request.prompt for task in peeked for request in task.requests])
     task_of: dict[int, _Task] = {}
@@ -301,12 +330,18 @@ def load(
     dtype: Dtype | None = None,
     devices: int | None = None,
 ) -> Grm:
-    """Load a judge: an embedded model by name, a Hugging Face folder, or a .gguf file (local or gs://).
+    """Load a judge: an embedded model by name, a Hugging Face folder, a .gguf file, or a folder of adapters (local or gs://).
 
+    Adapters (PEFT's LoRA) are merged into the base that they name, whose tokenizer is used.
     dtype: of weights and caches; by default float32 on CPU, bfloat16 elsewhere. devices: how many of this process's
     devices share the batch; by default one on CPU, all elsewhere. Raises FileNotFoundError and ValueError as the loaders
     of `weights` and `tokenizer` do.
     """
+    if model not in EMBEDDED and is_adapter_folder(model):
+        base, lora, adapters = load_adapters(model)
+        found = load(base, dtype, devices)
+        merged = dataclasses.replace(found.model, params=merge_into(found.model.params, adapters, lora))
+        return Grm(merged, found.tokenizer, str(model))
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grm_jax import log
+from grm_jax import log, recipes
 from grm_jax.config import BenchConfig, ScoreConfig, parse
 
 
@@ -32,7 +32,37 @@ def bench(args: Sequence[str]) -> None:
     run(config)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": score, "bench": bench}
+def sample(args: Sequence[str]) -> None:
+    """judge labelled items and write every judgment with its correctness"""
+    config = recipes.load(recipes.SampleConfig, args, "grm_jax.main sample")
+    from grm_jax.spct.sample import run
+
+    run(config)
+
+
+def rft(args: Sequence[str]) -> None:
+    """stage 1 of training: sample judgments, keep right ones, fine-tune on them"""
+    recipe = recipes.load(recipes.RftConfig, args, "grm_jax.main rft")
+    from grm_jax.spct.rft import run
+
+    run(recipe)
+
+
+def rl(args: Sequence[str]) -> None:
+    """stage 2 of training: reinforcement learning from the correctness of judgments"""
+    recipe = recipes.load(recipes.RlConfig, args, "grm_jax.main rl")
+    from grm_jax.spct.rl import run
+
+    run(recipe)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "score": score,
+    "sample": sample,
+    "rft": rft,
+    "rl": rl,
+    "bench": bench,
+}
 
 
 def usage() -> str:
@@ -64,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; `score` to a file goes on there when run again without --overwrite", file=sys.stderr)
+        print("interrupted; a run with an output goes on there when run again without --overwrite", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of standard output has gone, as `head` does
         sys.stderr.close()

@@ -49,16 +49,20 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int], axes: Sequen
                 f"{name}: its axis {logical!r} of size {size} does not divide over the mesh axis {axis!r} of "
                 f"{mesh.shape[axis]} devices; use a divisor of {size}"
             )
-    return NamedSharding(mesh, PartitionSpec(*names))
+    return _named(mesh, names)
 
 
 def batch_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an array whose leading axis is the batch; further axes by their logical names.
+    """The sharding of an array whose leading axis is the batch; further axes by their logical names."""
+    return _named(mesh, ["data", *(None if axis is None else RULES[axis] for axis in axes)])
+
+
+def _named(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
+    """A sharding over these mesh axes.
 
     Mesh axes of one device are left out, as compiled programs leave them out of what they return: the same sharding
     written in another way would compile a program again.
     """
-    names = ["data", *(None if axis is None else RULES[axis] for axis in axes)]
     kept = [name if name and mesh.shape[name] > 1 else None for name in names]
     while kept and kept[-1] is None:
         kept.pop()

@@ -71,18 +71,18 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.specials = tuple(vocab.specials)
         self.chat_template = chat_template
-        self._vocab = vocab
-        self._names = dict(names or {})
+        self.vocab = vocab
+        self.names = dict(names or {})
         self.start = next((text for text, id_ in vocab.specials.items() if begins and id_ == bos_id), "")
         self._bytes: list[bytes] | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; strings in `specials` become their control tokens. No begin token is added."""
-        return self._vocab.encode(_valid(text))
+        return self.vocab.encode(_valid(text))
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which strings like those in `specials` are text."""
-        return self._vocab.encode_plain(_valid(text))
+        return self.vocab.encode_plain(_valid(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: control tokens dropped, bytes that are no UTF-8 become U+FFFD.
@@ -96,12 +96,12 @@ class Tokenizer:
                 raise ValueError(f"token id {id_}: ids are 0 or more; cut padding off before decoding")
             parts.append(table[id_] if id_ < len(table) else b"")
         text = b"".join(parts).decode(errors="replace")
-        return text.removeprefix(" ") if self._vocab.drops_first_space else text
+        return text.removeprefix(" ") if self.vocab.drops_first_space else text
 
     def token_bytes(self) -> list[bytes]:
         """The bytes that each of the `vocab_size` ids contributes to a text, b"" for control tokens (made once)."""
         if self._bytes is None:
-            self._bytes = self._vocab.token_bytes()
+            self._bytes = self.vocab.token_bytes()
         return self._bytes
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -134,7 +134,7 @@ class Tokenizer:
 
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            template, given = _compile(self.chat_template), {"tools": None, "documents": None, **self._names}
+            template, given = _compile(self.chat_template), {"tools": None, "documents": None, **self.names}
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
         except TemplateError as error:
             raise ValueError(f"the chat template fails: {error}; put a correct one in chat_template.jinja") from error

@@ -6,7 +6,7 @@
 4. `byte_level_tokenizer` and `piece_model` turn the lists of a GGUF file into what 1 and 2 wrap.
 
 All three know which strings are control tokens (`specials`), encode with and without reading those strings as control
-tokens, never add a begin token, and list the bytes of every id (b"" for control tokens).
+tokens, never add a begin token, list the bytes of every id (b"" for control tokens), and write themselves out (`saved`).
 
 Where the references differ, these rules hold:
 - Byte-level BPE from a GGUF file gives llama.cpp's ids; as there, no Unicode normalisation is applied, and a byte that
@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +72,15 @@ def _splitter(strings: Collection[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A vocabulary as a file of a Hugging Face folder."""
+
+    file: str  # its name
+    content: bytes
+    config: dict[str, Any]  # what tokenizer_config.json has to say about it
+
+
 class FastVocab:
     """The vocabulary of a `tokenizers.Tokenizer`."""
 
@@ -116,6 +126,17 @@ class FastVocab:
         """Whether the tokenizer's own post-processor begins a text with `bos_id`."""
         return bos_id is not None and self._tokenizer.encode("").ids[:1] == [bos_id]
 
+    def saved(self, start: str = "") -> Saved:
+        """As a tokenizer.json; where texts start with a control token, its post-processor says so to other readers."""
+        from tokenizers import processors
+
+        fast = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        if start and not self.starts_with(self.specials[start]):
+            fast.post_processor = processors.TemplateProcessing(
+                single=[start, "$A"], special_tokens=[(start, self.specials[start])]
+            )
+        return Saved("tokenizer.json", fast.to_str().encode(), {"tokenizer_class": "PreTrainedTokenizerFast"})
+
 
 def _decoder_kind(decoder: Any) -> tuple[bool, bool]:
     """(byte-level, drops a first space) of a `tokenizers` decoder; ValueError for a kind not known."""
@@ -160,7 +181,7 @@ class PieceVocab:
         for piece in proto.pieces:
             if piece.piece in specials and piece.type != UNKNOWN:
                 piece.type = CONTROL  # the library never reads a control piece from text; `encode` below does
-        self._pieces = proto.pieces
+        self._model, self._pieces = model, proto.pieces
         self.size = max([len(proto.pieces) - 1, *beyond.values()]) + 1
         self.specials = {
             piece.piece: id_ for id_, piece in enumerate(proto.pieces) if piece.type in (CONTROL, UNKNOWN)
@@ -199,6 +220,22 @@ class PieceVocab:
         for text, id_ in self._added.items():
             table[id_] = text.encode()
         return table
+
+    def saved(self, start: str = "") -> Saved:
+        """As a tokenizer.model, with the strings beside it; `start` is in the config's own begin token."""
+        beyond = {str(id_): text for text, id_ in self._atoms.items() if id_ >= len(self._pieces)}
+        return Saved(
+            "tokenizer.model",
+            self._model,
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": self.drops_first_space and self._next is self._first,
+                "added_tokens_decoder": {
+                    id_: {"content": text, "special": text in self.specials} for id_, text in beyond.items()
+                },
+                "additional_special_tokens": list(self.specials),
+            },
+        )
 
 
 def _parse_proto(model: bytes) -> Any:
@@ -255,6 +292,12 @@ class ByteVocab:
 
     def token_bytes(self) -> list[bytes]:
         return [bytes([byte]) for byte in range(256)] + [b""] * len(self.specials)
+
+    def saved(self, start: str = "") -> Saved:
+        """As the tokenizer.json of a byte-level BPE without merges, which gives the same ids."""
+        symbols = sorted(byte_symbols(), key=byte_symbols().get)
+        types = [NORMAL] * len(symbols) + [CONTROL] * len(self.specials)
+        return FastVocab(byte_level_tokenizer([*symbols, *self.specials], types, [], "gpt-2")).saved(start)
 
 
 Vocab = FastVocab | PieceVocab | ByteVocab

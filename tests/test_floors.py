@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "grm_jax"
 # import each other, without cycles. "__init__" is grm_jax itself: the Python API, which loads `grm` when it is asked for.
 FLOORS = (
     {"config", "datatypes", "gguf_file", "log", "vocab"},
-    {"prompts", "scores", "sharding", "tokenizer", "voting"},
+    {"buckets", "head", "losses", "prompts", "recipes", "rewards", "scores", "sharding", "tokenizer", "voting"},
     {"data", "models"},
-    {"sampler", "weights"},
+    {"checkpoint", "metrics", "sampler", "train", "weights"},
     {"grm"},
     {"__init__"},
-    {"bench", "score"},
+    {"bench", "score", "spct"},
     {"main"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -1,7 +1,6 @@
 """Examples from JSON Lines, and verdicts to JSON Lines.
 
-1. `read_examples` reads every row of a file, of standard input or of a `gs://` object, and names every bad one with
-   file, line, value and rule, before anything heavy is imported.
+1. `read_examples` reads all rows and names every bad one with file, line, value and rule; it imports nothing heavy.
 2. `open_writer` checks the output: it resumes an interrupted run of the same input and settings, or refuses.
 3. `VerdictWriter.write` takes verdicts in any order and writes their rows in the input's order, each row in one piece.
 
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO, NoReturn
 from grm_jax.datatypes import Example, Message, Verdict
 from grm_jax.log import logger
 
+Parse = Callable[[object, str], Any]  # a decoded row and its id by default -> a record with an id, or RowError
 ROLES = ("system", "user", "assistant")
 SHOWN_ROWS = 20  # bad rows that an error lists
 OBJECT_SECONDS = 30.0  # between two writes of an object in a bucket
@@ -59,40 +59,38 @@ class RowError(ValueError):
 
     def __init__(self, value: object, rule: str) -> None:
         shown = json.dumps(value, default=repr)
-        self.value = shown if len(shown) <= 60 else f"{shown[:56]} ..."
-        self.rule = rule
+        self.value, self.rule = shown if len(shown) <= 60 else f"{shown[:56]} ...", rule
         super().__init__(f"{rule}; found {self.value}")
 
 
 def read_examples(path: str, skip_bad: bool) -> tuple[list[Example], list[BadRow]]:
-    """The examples of a JSON Lines file, in its order, and the rows that are none.
+    """The examples of a JSON Lines file, in its order, and the rows that are none, as `read_rows` gives them."""
+    return read_rows(path, parse_row, skip_bad, '{"prompt": "...", "responses": ["..."]}')
 
-    `path` is a local file, a `gs://` path, or "-" for standard input; `.gz` is unpacked. Blank lines and unknown keys
-    are passed over. A row without an id is named `row-<line>`. Raises DataError: an unreadable or empty file, no good
-    row at all, or, without `skip_bad`, any bad row (it lists the first SHOWN_ROWS and the count).
+
+def read_rows(path: str, parse: Parse, skip_bad: bool, such_as: str) -> tuple[list[Any], list[BadRow]]:
+    """What `parse` makes of a file's rows, in its order, where `row-<line>` is an id by default; and the bad rows.
+
+    `path` may be `gs://`, "-" or a `.gz`. Raises DataError: unreadable, no good row, or a bad one without `skip_bad`.
     """
-    examples: list[Example] = []
-    bad: list[BadRow] = []
-    line_of: dict[str, int] = {}
+    records, bad, line_of = list[Any](), list[BadRow](), dict[str, int]()
     name = "standard input" if path == "-" else path
     for line, raw in _lines(path, name):
-        if not raw.strip():
-            continue
         try:
-            example = parse_row(_json(raw), f"row-{line}")
-            if (first := line_of.setdefault(example.id, line)) != line:
-                raise RowError(example.id, f"ids are unique, and line {first} has this one: change or remove one")
-            examples.append(example)
+            record = parse(_json(raw), f"row-{line}")
+            if (first := line_of.setdefault(record.id, line)) != line:
+                raise RowError(record.id, f"ids are unique, and line {first} has this one: change or remove one")
+            records.append(record)
         except RowError as error:
             bad.append(BadRow(name, line, error.value, error.rule))
-    if bad and (not skip_bad or not examples):
-        listed = "\n".join(f"  {row}" for row in bad[:SHOWN_ROWS])
+    if bad and (not skip_bad or not records):
+        listed = "".join(f"\n  {row}" for row in bad[:SHOWN_ROWS])
         more = f"\n  and {len(bad) - SHOWN_ROWS} more" * (len(bad) > SHOWN_ROWS)
-        way_out = "correct them, or leave them out with --skip-bad" if examples else "no good row is left to go on with"
-        raise DataError(f"{len(bad)} bad rows in {name}; {way_out}:\n{listed}{more}", bad)
-    if not examples:
-        raise DataError(f'{name} is empty; give at least one row, such as {{"prompt": "...", "responses": ["..."]}}')
-    return examples, bad
+        way_out = "correct them, or leave them out (score --skip-bad)" if records else "no good row is left"
+        raise DataError(f"{len(bad)} bad rows in {name}; {way_out}:{listed}{more}", bad)
+    if not records:
+        raise DataError(f"{name} is empty; give at least one row, such as {such_as}")
+    return records, bad
 
 
 def parse_row(row: object, default_id: str) -> Example:
@@ -106,30 +104,31 @@ def parse_row(row: object, default_id: str) -> Example:
     if pair:
         messages, responses = _pair(row)
     else:
-        messages = _conversation(row)
-        responses = tuple(_text(text, "responses") for text in _list(row["responses"], "responses"))
+        messages = conversation_of(row)
+        responses = tuple(text_of(text, "responses") for text in _list(row["responses"], "responses"))
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise RowError(asdict(messages[-1]), "a conversation ends with a turn of the user, which is not blank")
     return Example(
-        id=_id(row.get("id", default_id)),
+        id=id_of(row.get("id", default_id)),
         messages=messages,
         responses=responses,
         scores=_scores(row["scores"], len(responses)) if "scores" in row else (1.0, 0.0) if pair else None,
-        reference=_text(row["reference"], "reference") or None if "reference" in row else None,
+        reference=text_of(row["reference"], "reference") or None if "reference" in row else None,
         strength=_number(row["strength"], "strength") if "strength" in row else None,
-        source=_text(row["source"], "source") if "source" in row else None,
+        source=text_of(row["source"], "source") if "source" in row else None,
     )
 
 
 def _lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines from 1 on, without a byte-order mark. Raises DataError for a file that cannot be read."""
+    """Numbered lines from 1 on, stripped, but for blank ones. Raises DataError for a file that cannot be read."""
     with contextlib.ExitStack() as stack:
         try:
             stream: Any = sys.stdin.buffer if path == "-" else stack.enter_context(_path(path).open("rb"))
             if path.endswith(".gz"):
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
             for line, raw in enumerate(stream, 1):
-                yield line, raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+                if raw := (raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw).strip():
+                    yield line, raw
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise DataError(f"cannot read {name}: {reason}; give a JSON Lines file, or - for standard input") from error
@@ -159,7 +158,7 @@ def _json(raw: bytes) -> object:
         raise RowError(text[max(0, at - 20) : at + 20], f"a row is one line of JSON ({fault})") from error
 
 
-def _text(value: object, key: str) -> str:
+def text_of(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise RowError(value, f"'{key}' is a string")
     try:
@@ -175,34 +174,33 @@ def _list(value: object, key: str) -> list[Any]:
     return value
 
 
-def _turns(value: object, key: str) -> tuple[Message, ...]:
+def turns_of(value: object, key: str) -> tuple[Message, ...]:
     for turn in _list(value, key):
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise RowError(turn, f"a turn of '{key}' is an object with 'role' and 'content'")
         if turn["role"] not in ROLES:
             raise RowError(turn["role"], f"a role in '{key}' is one of {', '.join(ROLES)}")
-    return tuple(Message(turn["role"], _text(turn["content"], f"{key}: content")) for turn in value)
+    return tuple(Message(turn["role"], text_of(turn["content"], f"{key}: content")) for turn in value)
 
 
-def _conversation(row: Mapping[str, object]) -> tuple[Message, ...]:
+def conversation_of(row: Mapping[str, object]) -> tuple[Message, ...]:
     if ("prompt" in row) == ("messages" in row):
         raise RowError(sorted(row), "a row has a conversation, as either 'prompt' or 'messages'")
-    if "messages" in row:
-        return _turns(row["messages"], "messages")
-    if isinstance(row["prompt"], list):
-        return _turns(row["prompt"], "prompt")
-    return (Message("user", _text(row["prompt"], "prompt")),)
+    key = "messages" if "messages" in row else "prompt"
+    if key == "messages" or isinstance(row[key], list):
+        return turns_of(row[key], key)
+    return (Message("user", text_of(row["prompt"], "prompt")),)
 
 
 def _pair(row: Mapping[str, object]) -> tuple[tuple[Message, ...], tuple[str, str]]:
     """The conversation and both responses of a preference row; chat lists may carry the conversation with them."""
-    told = [_conversation(row)] if "prompt" in row or "messages" in row else []
+    told = [conversation_of(row)] if "prompt" in row or "messages" in row else []
     responses = []
     for key in ("chosen", "rejected"):
         if isinstance(row[key], str):
-            responses.append(_text(row[key], key))
+            responses.append(text_of(row[key], key))
             continue
-        *earlier, last = _turns(row[key], key)
+        *earlier, last = turns_of(row[key], key)
         if last.role != "assistant":
             raise RowError(last.role, f"the last turn of '{key}' is the assistant's, the response")
         responses.append(last.content)
@@ -229,12 +227,12 @@ def _scores(value: object, n: int) -> tuple[float, ...]:
     return tuple(_number(score, "scores") for score in value)
 
 
-def _id(value: object) -> str:
+def id_of(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
         raise RowError(value, "'id' is a string that is not empty, or a whole number")
-    return _text(value, "id")
+    return text_of(value, "id")
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
@@ -263,15 +261,16 @@ class VerdictWriter(contextlib.AbstractContextManager["VerdictWriter"]):
         self._waiting: dict[str, bytes] = {}
         self._put, self._close = put, close
 
-    def write(self, verdict: Verdict) -> None:
-        """Write the verdict's row and those that waited for it, or keep it until its turn."""
+    def write(self, verdict: Verdict, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Write the verdict's row, or `rows` in one piece, and those that waited for it, or keep it until its turn."""
         if verdict.id not in self._open:
             raise ValueError(f"verdict of {verdict.id!r}; each example of the run that is not finished has one verdict")
         self._open.remove(verdict.id)
-        text = json.dumps(verdict_row(verdict), ensure_ascii=False, allow_nan=False)
+        rows = [verdict_row(verdict)] if rows is None else rows
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         for separator in "\x85\u2028\u2029":  # some readers end a line there
             text = text.replace(separator, f"\\u{ord(separator):04x}")
-        self._waiting[verdict.id] = text.encode() + b"\n"
+        self._waiting[verdict.id] = text.encode()
         while self._due and self._due[-1] in self._waiting:
             self._put(self._waiting.pop(self._due.pop()))
 
@@ -286,12 +285,12 @@ class VerdictWriter(contextlib.AbstractContextManager["VerdictWriter"]):
 
 
 def open_writer(
-    path: str, examples: Sequence[Example], settings: Mapping[str, object], overwrite: bool = False
+    path: str, examples: Sequence[Example], settings: Mapping[str, object], overwrite: bool = False, each: int = 1
 ) -> VerdictWriter:
     """A writer to `path` ("-": standard output), going on behind the rows of an interrupted run unless `overwrite`.
 
     Makes missing parent folders. Call it before loading a model: raises DataError for a path that cannot be written,
-    and as `finished` does. `settings` is what JSON can hold.
+    and as `finished` does. `settings` is what JSON can hold, `each` how many rows an example has.
     """
     ids = [example.id for example in examples]
     try:
@@ -303,7 +302,7 @@ def open_writer(
             return VerdictWriter(ids, frozenset(), _row_by_row(stream, path), stream.close)
         if isinstance(place, Path):
             place.parent.mkdir(parents=True, exist_ok=True)
-        done = frozenset() if overwrite else finished(path, examples, settings)
+        done = frozenset() if overwrite else finished(path, examples, settings, each)
         if not done:
             place.write_bytes(b"")  # first, so that the new record never stands beside old rows
             _record(path, *_run(examples, settings))
@@ -362,8 +361,8 @@ def _record(path: str, settings: Mapping[str, object], digest: str) -> None:
         written.replace(place)
 
 
-def finished(path: str, examples: Sequence[Example], settings: Mapping[str, object]) -> frozenset[str]:
-    """The ids whose rows an interrupted run left in `path`; a local file's half-written last line is cut off.
+def finished(path: str, examples: Sequence[Example], settings: Mapping[str, object], each: int = 1) -> frozenset[str]:
+    """The ids whose `each` rows an interrupted run left in `path`; a half-written last line or example is cut off.
 
     Raises DataError, each with the way out, when the rows are not those of this run: no record beside them, other
     settings or another input than recorded, a broken row, an id that the input does not have in that place.
@@ -385,7 +384,7 @@ def finished(path: str, examples: Sequence[Example], settings: Mapping[str, obje
     if digest != digest_now:
         raise DataError(f"{path} was begun with another input; give the same one, another --output, {anew}")
     *rows, half = text.split(b"\n")
-    ids = [example.id for example in examples]
+    ids = [example.id for example in examples for _ in range(each)]
     for line, raw in enumerate(rows, 1):
         try:
             found = json.loads(raw)["id"]
@@ -394,7 +393,8 @@ def finished(path: str, examples: Sequence[Example], settings: Mapping[str, obje
         if [found] != ids[line - 1 : line]:
             known = "out of its place" if found in ids else "not in the input"
             raise DataError(f"{path}:{line}: id {found!r} is {known}; give another --output, {anew}")
-    if half:
-        logger.warning("%s: dropped a half-written last line of %d bytes", path, len(half))
+    whole = len(rows) - len(rows) % each
+    if half := b"\n".join([*rows[whole:], half]):
+        logger.warning("%s: dropped a half-written end of %d bytes", path, len(half))
         os.truncate(path, len(text) - len(half))
-    return frozenset(ids[: len(rows)])
+    return frozenset(ids[:whole])

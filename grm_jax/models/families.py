@@ -5,7 +5,8 @@ What happens:
 2. numbers that the config leaves out are the defaults of transformers' config class of that family (5.x sources);
 3. rotary scaling, windows per layer and the query scale are worked out into numbers;
 4. whatever the decoder cannot represent (other biases, other activations, YaRN, experts, quantised weights) is an
-   error that names the key, its value and the way out: a number that is silently ignored gives wrong logits.
+   error that names the key, its value and the way out: a number that is silently ignored gives wrong logits;
+5. `to_hf` goes the other way: the config.json with which a trained model is saved.
 
 GGUF conventions are those of llama.cpp's converter and of its loader's defaults.
 """
@@ -121,6 +122,81 @@ _HF_FAMILIES: dict[str, Callable[[dict[str, Any]], DecoderConfig]] = {
     "qwen3": _qwen3,
     "gemma2": _gemma2,
 }
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """A Hugging Face config.json of these numbers: `from_hf(to_hf(config)) == config`.
+
+    The family is the plainest whose architecture has them; the rotary embedding is written as transformers 4 does, which
+    5 reads too. Raises ValueError, naming the numbers, where no family has them all.
+    """
+    c = config
+    family = "gemma2" if c.post_norms else "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else None
+    windowed = [i for i, window in enumerate(c.windows) if window is not None]
+    family = family or ("mistral" if windowed else "llama")
+    window = max((c.windows[i] for i in windowed), default=None)
+    written: dict[str, Any] = {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": c.mlp_dim,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_positions,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": _hf_scaling(c.rope_scaling),
+        "tie_word_embeddings": c.tied,
+        "attention_bias": False,
+        "hidden_act": {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[c.activation],
+    }
+    if family == "llama":
+        written["mlp_bias"] = False
+    else:
+        written["sliding_window"] = window
+    if family in ("qwen2", "qwen3"):
+        written |= {"use_sliding_window": bool(windowed), "max_window_layers": min(windowed, default=c.layers)}
+    if family in ("qwen2", "qwen3", "gemma2"):
+        written["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in c.windows]
+    if family == "gemma2":
+        scalar = c.query_scale**-2
+        whole = round(scalar)
+        written |= {
+            "hidden_activation": written["hidden_act"],
+            "query_pre_attn_scalar": whole if abs(scalar - whole) < 1e-9 * scalar else scalar,
+            "attn_logit_softcapping": c.attention_softcap,
+            "final_logit_softcapping": c.logit_softcap,
+        }
+    _check_read_back(c, written)
+    return written
+
+
+def _hf_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling == _linear_scaling(scaling.factor):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+
+
+def _check_read_back(config: DecoderConfig, written: Mapping[str, Any]) -> None:
+    read = from_hf(written)
+    differing = [name for name, value in vars(config).items() if getattr(read, name) != value]
+    if differing:
+        told = "; ".join(f"{name} = {getattr(config, name)} would be {getattr(read, name)}" for name in differing)
+        raise ValueError(
+            f"no family of {', '.join(sorted(_HF_FAMILIES))} has these numbers: as {written['model_type']}, {told}. "
+            "Build the model with a family's own numbers"
+        )
 
 
 def _decoder(

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from grm_jax import scores
+from grm_jax.buckets import common_prefix as common_prefix
+from grm_jax.buckets import power_of_two as power_of_two
 from grm_jax.models.decoder import Model
 
 
@@ -73,19 +75,6 @@ class Plan:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} = {getattr(self, field.name)}: a batch needs at least 1")
-
-
-def power_of_two(n: int, least: int) -> int:
-    """The bucket of n: the smallest power of two times `least` that holds it; 0 holds 0."""
-    return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all prompts start with, short of each one's last token, which is always fed."""
-    first, last = min(prompts), max(prompts)  # in lexicographic order all others lie between them
-    shortest = min(map(len, prompts)) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return tuple(first[: min(same, shortest)])
 
 
 def check_length(model: Model, request: Request, plan: Plan, forcing: Forcing | None) -> None:

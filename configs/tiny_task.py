@@ -1,0 +1,98 @@
+"""The judging task of the tiny configs: which of two things costs most, or least?
+
+    python configs/tiny_task.py FOLDER [--seed N]
+
+writes four files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
+(judgments in the right format by a poor judge, whose scores are the right ones and a good deal of noise: what a base model
+brings) and `general.jsonl` (instructions that have nothing to do with judging).
+
+A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
+best response is unknown, without the responses too. The names make every example new: there are 24 million pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+QUERIES = {"most": "Which costs most?", "least": "Which costs least?"}
+NOISE = 3.0  # of the poor judge's scores: a standard deviation
+SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500}
+
+
+def name(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
+
+
+def example(rng: random.Random, id_: str) -> dict:
+    """A labelled row: prices are all different, and the best one is the label."""
+    asked = rng.choice(list(QUERIES))
+    prices = rng.sample(range(10), 2)
+    best = max(prices) if asked == "most" else min(prices)
+    return {
+        "id": id_,
+        "messages": [{"role": "user", "content": QUERIES[asked]}],
+        "responses": [f"{price} {name(rng)}" for price in prices],
+        "scores": [float(price == best) for price in prices],
+        "source": asked,
+    }
+
+
+def judgment(rng: random.Random, row: dict) -> tuple[list[int], str]:
+    """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores."""
+    asked = row["source"]
+    order = rng.sample(range(len(row["responses"])), len(row["responses"]))
+    prices = [int(row["responses"][i][0]) for i in order]
+    right = [price + 1 if asked == "most" else 10 - price for price in prices]
+    noisy = [min(max(round(score + rng.gauss(0, NOISE)), 1), 10) for score in right]
+    said = ", ".join(map(str, prices))
+    return order, f"Specific Criteria: {asked}\nAnalysis: {said}\nScores: \\boxed{{{', '.join(map(str, noisy))}}}"
+
+
+def instruction(rng: random.Random) -> dict:
+    """A chat row: say a name again, or backwards."""
+    word, again = name(rng), rng.random() < 0.5
+    asked = f"Say {word}." if again else f"Say {word} backwards."
+    turns = (("user", asked), ("assistant", word if again else word[::-1]))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write(folder: Path, seed: int) -> None:
+    from grm_jax import prompts
+    from grm_jax.data.jsonl import parse_row
+
+    rng = random.Random(seed)
+    template = prompts.load_template(str(Path(__file__).parent / "tiny_template.txt"))
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+
+    def unseen(id_: str) -> dict:
+        while (key := json.dumps((row := example(rng, id_))["responses"])) in seen:
+            pass
+        seen.add(key)
+        return row
+
+    def base(i: int) -> dict:
+        row = unseen(f"base-{i}")
+        order, answer = judgment(rng, row)
+        (turn,) = prompts.render(parse_row(row, row["id"]), tuple(order), template)
+        return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer}]}
+
+    rows = {
+        "train": [unseen(f"train-{i}") for i in range(SIZES["train"])],
+        "test": [unseen(f"test-{i}") for i in range(SIZES["test"])],
+        "base": [base(i) for i in range(SIZES["base"])],
+        "general": [instruction(rng) for _ in range(SIZES["general"])],
+    }
+    for file, found in rows.items():
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write(arguments.folder, arguments.seed)

@@ -1,0 +1,50 @@
+"""FLOPs: counted from a decoder's config, two for each weight and token, and reached by this machine's products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from grm_jax.models.config import DecoderConfig
+
+
+def matrix_weights(c: DecoderConfig) -> int:
+    """Weights that every token is multiplied with, the head included."""
+    attention = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
+    return c.layers * (attention + 3 * c.dim * c.mlp_dim) + c.vocab_size * c.dim
+
+
+def attention_flops(c: DecoderConfig, context: float) -> float:
+    """FLOPs of one token's attention over `context` tokens, all layers."""
+    return 4 * c.layers * c.heads * c.head_dim * context
+
+
+def model_flops(c: DecoderConfig, forward_tokens: float, trained_tokens: float, context: float) -> float:
+    """FLOPs that a step needs: each token of a forward pass once, each token trained on three times as many.
+
+    `context` is the mean number of tokens that one attends to. A backward pass takes two products for each of the
+    forward's (arXiv 2001.08361, section 2.1); what is computed a second time to save memory does not count.
+    """
+    forward = 2 * matrix_weights(c) + attention_flops(c, context)
+    return forward_tokens * forward + trained_tokens * 3 * forward
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after one that compiles."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def product_flops(dtype: jnp.dtype, size: int = 2048) -> float:
+    """FLOP/s that a product of two [size, size] matrices reaches, the best of five."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
+    return 2 * size**3 / min(timed(lambda: product(a, a), 5))

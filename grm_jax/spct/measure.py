@@ -1,0 +1,87 @@
+"""Accuracy on held-out examples: what a run reports before, between and after its steps.
+
+1. Each example is judged `votes` times, without forced scores, and voted: what the run's weights do by themselves.
+2. A tie at the top is worth its expectation (spct section 1); when no judgment parses, all responses tie.
+3. Beside it stands what "pick the longer response" scores on the same rows, and a bootstrap interval over examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grm_jax.config import JudgeSettings
+from grm_jax.datatypes import Example, Verdict
+from grm_jax.grm import Grm
+from grm_jax.prompts import Template
+
+RESAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Shares in 0..1; `low` to `high` is the 95 % bootstrap interval of `accuracy` over the examples."""
+
+    accuracy: float
+    low: float
+    high: float
+    examples: int
+    ties: float  # of the examples
+    failures: float  # of the judgments: no valid box
+    longer: float  # what "pick the longest response" scores
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%}) on {self.examples} held-out examples, "
+            f"ties {self.ties:.1%}, parse failures {self.failures:.1%}; the longer response: {self.longer:.1%}"
+        )
+
+
+def measure(
+    grm: Grm, examples: Sequence[Example], template_of: Callable[[Example], Template], settings: JudgeSettings
+) -> Measured:
+    """Judge labelled examples and hold the verdicts against the labels (Eq. 10, ties by expectation)."""
+    verdicts = {verdict.id: verdict for verdict in grm.judge(examples, settings, template_of=template_of)}
+    worth = np.array([worth_of(example, verdicts[example.id]) for example in examples])
+    low, high = interval(worth, settings.seed)
+    judgments = sum(verdict.votes for verdict in verdicts.values())
+    longest = [longest_of(example) for example in examples]
+    return Measured(
+        accuracy=float(worth.mean()),
+        low=low,
+        high=high,
+        examples=len(examples),
+        ties=float(np.mean([verdict.tie for verdict in verdicts.values()])),
+        failures=1 - sum(verdict.valid for verdict in verdicts.values()) / judgments,
+        longer=float(np.mean(longest)),
+    )
+
+
+def worth_of(example: Example, verdict: Verdict) -> float:
+    """1 for a right verdict, 0 for a wrong one, 1 / (number of the best) at a tie that holds the right one.
+
+    A single response is right when its mean score is nearest to its label (n = 1 of Eq. 10, over votes).
+    """
+    labels = example.scores
+    if len(labels) == 1:
+        return float(bool(verdict.valid) and round(verdict.scores[0] / verdict.valid) == labels[0])
+    top = [i for i, score in enumerate(verdict.scores) if score == max(verdict.scores)]
+    return (labels.index(max(labels)) in top) / len(top)
+
+
+def longest_of(example: Example) -> float:
+    """What picking the longest response scores; a single response's is 1 by convention of the label's base rate."""
+    if len(example.responses) == 1:
+        return float(example.scores[0] == 1)
+    lengths = [len(response) for response in example.responses]
+    top = [i for i, length in enumerate(lengths) if length == max(lengths)]
+    return (example.scores.index(max(example.scores)) in top) / len(top)
+
+
+def interval(worth: np.ndarray, seed: int) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of the mean over examples."""
+    rng = np.random.default_rng(seed)
+    means = worth[rng.integers(0, len(worth), (RESAMPLES, len(worth)))].mean(axis=1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

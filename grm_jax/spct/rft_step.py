@@ -1,0 +1,63 @@
+"""One step of supervised fine-tuning as one compiled program: packed rows, completion-only loss, update.
+
+The loss is the mean negative log-likelihood over all completion tokens of the batch: each microbatch is divided by the
+WHOLE batch's count, so any size of microbatch, and any packing of the same texts, gives the same gradient.
+
+Shapes: B packed rows, T tokens, M microbatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from grm_jax import losses
+from grm_jax.data.packing import Packed
+from grm_jax.models.decoder import Params, bind
+from grm_jax.recipes import RftConfig
+from grm_jax.sharding import batch_sharding
+from grm_jax.train.forward import REMATS, of_packed
+from grm_jax.train.policy import Policy, State, compiled, moved, split
+
+Step = Callable[[State, Params, Packed], tuple[State, dict[str, Float[Array, ""]]]]
+
+
+def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransformation, state: State) -> Step:
+    """The compiled step: (state, frozen, batch) -> (state, scalars by name). The state is donated.
+
+    `state`: the first one, for where its arrays lie.
+    """
+    remat = REMATS[recipe.remat]
+
+    def loss(params: Params, frozen: Params, rows: Packed, trained: Array) -> Array:
+        model = bind(policy.graph, policy.working(params, frozen))
+        found = of_packed(model, rows.tokens, rows.positions, rows.segments, remat)
+        return losses.nll(found, rows.trains / trained)
+
+    def step(state: State, frozen: Params, batch: Packed) -> tuple[State, dict[str, Array]]:
+        trained = jnp.maximum(batch.trains.sum(), 1).astype(jnp.float32)
+        shares = jax.tree.map(lambda x: split(x, x.shape[0] // recipe.microbatch_rows), batch)
+
+        def add(carry: tuple[Params, Array], rows: Packed) -> tuple[tuple[Params, Array], None]:
+            value, grads = jax.value_and_grad(loss)(state.params, frozen, rows, trained)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0)
+        (grads, total), _ = jax.lax.scan(add, zeros, shares)
+        params, after, norm = moved(state, grads, optimizer)
+        scalars = {"loss": total, "grad_norm": norm, "trained_tokens": trained, "tokens": jnp.sum(batch.segments > 0)}
+        return State(params, after, state.step + 1), scalars
+
+    return compiled(step, state)
+
+
+def put(batch: Packed, policy: Policy) -> Packed:
+    """A batch of host arrays on the mesh, rows spread over its data axis."""
+    spread = batch_sharding(policy.mesh)
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Packed)}
+    return Packed(**{name: jax.make_array_from_process_local_data(spread, value) for name, value in values.items()})

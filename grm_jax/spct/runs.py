@@ -1,0 +1,139 @@
+"""What both stages of training have around their loops: where a run stands, what it keeps, how it is stopped.
+
+1. `opened` claims the run's folder for its recipe, restores the newest whole checkpoint, and opens the metrics there.
+2. `Run.kept` saves a checkpoint where one is due, at the last step, and when the run was asked to stop.
+3. `Run.reported` writes the step before while the device computes this one.
+4. `Run.measured` judges the held-out examples with the weights as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from grm_jax import prompts, recipes
+from grm_jax.checkpoint import Interrupt, Saver, claim
+from grm_jax.config import JudgeSettings
+from grm_jax.data import items as labelled
+from grm_jax.datatypes import Example
+from grm_jax.log import logger
+from grm_jax.metrics import Metrics
+from grm_jax.prompts import Template
+from grm_jax.recipes import RftConfig, RlConfig
+from grm_jax.spct.measure import measure
+from grm_jax.spct.start import Start
+from grm_jax.train.policy import State
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: its state, the step it begins or goes on at, and the batches from there on."""
+
+    recipe: RftConfig | RlConfig
+    begun: Start
+    found: labelled.ItemSet
+    state: State
+    first: int
+    batches: Any  # a grain iterator
+    saver: Saver
+    metrics: Metrics
+    interrupt: Interrupt
+    _late: Callable[[], None] | None = None
+    _clock: float = 0.0
+
+    def reported(self, write: Callable[[], None] | None) -> None:
+        """Write the step before, and remember what writes this one; None at the end."""
+        if self._late:
+            self._late()
+        self._late = write
+
+    def seconds(self) -> float:
+        """Since the last call, or since the run began."""
+        before, self._clock = self._clock, time.monotonic()
+        return self._clock - before
+
+    def kept(self, done: int) -> bool:
+        """Save after `done` steps where that is due; whether the run was asked to stop here."""
+        asked = self.interrupt.asked
+        if asked or self.saver.due(done) or done == self.recipe.steps:
+            self.reported(None)  # no row behind a checkpoint may be missing
+            self.metrics.flush()
+            self.saver.save(done, self.state, {"batches": self.batches.get_state()})
+        if asked:
+            logger.info("asked to stop: step %d is saved, the same command goes on there", done)
+        return asked
+
+    def measured(self, done: int) -> None:
+        """Judge the held-out examples, if there are any, and log and keep what came out."""
+        if not self.found.held_out:
+            return
+        grm = self.begun.judge(self.state.params)
+        settings = JudgeSettings(
+            votes=self.recipe.votes,
+            temperature=self.recipe.evaluate_temperature,
+            seed=self.recipe.seed,
+            max_new_tokens=self.recipe.max_new_tokens,
+            force_scores=False,
+            slots=64,
+        )
+        result = measure(grm, self.found.held_out, template_of(self.recipe, self.found), settings)
+        logger.info("after %d steps: %s", done, result)
+        self.metrics.held_out(done, dataclasses.asdict(result))
+        self.seconds()
+
+
+def template_of(recipe: RftConfig | RlConfig, found: labelled.ItemSet) -> Callable[[Example], Template]:
+    """What shows an item when it is trained on or measured."""
+    load = functools.cache(prompts.load_template)
+    return lambda item: load(labelled.template_of(item, found.scales, recipe.template))
+
+
+def say_items(found: labelled.ItemSet) -> None:
+    for reason, count in found.dropped.items():
+        logger.info("dropped %d: %s", count, reason)
+    logger.info("%d items to train on, %d examples held out", len(found.train), len(found.held_out))
+
+
+@contextlib.contextmanager
+def opened(
+    recipe: RftConfig | RlConfig,
+    begun: Start,
+    found: labelled.ItemSet,
+    state: State,
+    batches: Any,
+) -> Iterator[Run]:
+    """The run in the recipe's folder, from its newest whole checkpoint on, or from `state`.
+
+    Raises ValueError for a folder that holds a run of another recipe.
+    """
+    claim(recipe.output, recipe)
+    with (
+        Saver.open(recipe.output, recipe.checkpoints, recipes.as_json(recipe)) as saver,
+        Interrupt() as interrupt,
+    ):
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        first, restored = 0, saver.restore(target)
+        if restored is not None:
+            first, state, data = restored
+            batches.set_state(data["batches"])
+            logger.info("going on behind step %d of %s", first, recipe.output)
+        with Metrics(recipe.output, first if restored else -1) as metrics:
+            run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt)
+            run.seconds()
+            yield run
+
+
+@contextlib.contextmanager
+def traced(recipe: RftConfig | RlConfig, step: int) -> Iterator[None]:
+    """Write a profiler's trace of the step where the recipe asks for one."""
+    if step not in recipe.profile:
+        yield
+        return
+    with jax.profiler.trace(f"{recipe.output}/profile/step-{step}"):
+        yield

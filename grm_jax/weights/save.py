@@ -1,0 +1,188 @@
+"""A trained model as a Hugging Face folder, which `grm_jax.load` and transformers read.
+
+What happens in `save_hf`:
+1. the config is written as JSON in memory: the source folder's own with another dtype, or `families.to_hf`'s, and
+   the parameters are held against the table of names, before anything is touched;
+2. an older model in the folder is removed, its config.json first; other files stay;
+3. safetensors files of at most 5 GB are written one after the other, with an index where there are several;
+4. the tokenizer's files are copied from the source folder, or written from the tokenizer itself;
+5. config.json comes last: a folder that has one is complete.
+
+All processes call it together; process 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from grm_jax.log import logger
+from grm_jax.models import families
+from grm_jax.models.config import DecoderConfig
+from grm_jax.tokenizer import Tokenizer
+from grm_jax.weights import names
+from grm_jax.weights.adapters import checkpoint_of
+from grm_jax.weights.write import CODES, Tensor, is_remote, write_json, write_safetensors, writing
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_hf(
+    folder: epath.PathLike,
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array],
+    tokenizer: Tokenizer | None,
+    source: epath.PathLike | None,
+    dtype: jnp.dtype | str,
+) -> None:
+    """Write a model to `folder`, local or gs://, which may hold an older one.
+
+    params: by path, as `split_abstract(config)` lists them. source: the checkpoint that the model came from: a Hugging
+    Face folder or one of adapters, whose config and tokenizer files are kept, a .gguf file, or None. dtype: of the files.
+    Raises ValueError: parameters that are not the config's, a config or dtype that no such file can have, a folder that
+    is the source itself.
+    """
+    folder, dtype = epath.Path(folder).expanduser(), jnp.dtype(dtype)
+    if dtype.name not in CODES:
+        raise ValueError(f"dtype = {dtype.name}: weights are saved as {', '.join(CODES)}")
+    origin = _folder_of(source)
+    if origin is not None and _same(origin, folder):
+        raise ValueError(f"{folder} is the model that is being trained from: give another output")
+    described = _describe(config, tokenizer, origin, dtype)
+    shards = _shards(_tensors(config, params), dtype)
+    first = jax.process_index() == 0
+    if first:
+        _clear(folder)
+    weight_map = {}
+    for index, tensors in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder, name, tensors, dtype)
+        weight_map |= dict.fromkeys(tensors, name)
+    if first:
+        if len(shards) > 1:
+            size = sum(math.prod(shape) for tensors in shards for _, shape in tensors.values()) * dtype.itemsize
+            write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        _write_tokenizer(folder, config, tokenizer, origin)
+        write_json(folder, _CONFIG, described)
+        logger.info("saved the model as %s in %s", dtype.name, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")  # no process reads what process 0 is still writing
+
+
+def _folder_of(source: epath.PathLike | None) -> epath.Path | None:
+    """The Hugging Face folder that a source is, or adapters' base is; None for a GGUF file."""
+    if source is None:
+        return None
+    found = checkpoint_of(source)
+    return None if found.suffix == ".gguf" else found
+
+
+def _same(one: epath.Path, other: epath.Path) -> bool:
+    if is_remote(one) or is_remote(other):
+        return str(one).rstrip("/") == str(other).rstrip("/")
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _describe(
+    config: DecoderConfig, tokenizer: Tokenizer | None, origin: epath.Path | None, dtype: jnp.dtype
+) -> dict[str, Any]:
+    """The config.json."""
+    if origin is None:
+        # transformers 5 reads torch_dtype as well as its own `dtype`, 4 only the former.
+        ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": _eos(tokenizer)}
+        return families.to_hf(config) | ids | {"torch_dtype": dtype.name}
+    described = json.loads((origin / _CONFIG).read_text())
+    if families.from_hf(described) != config:
+        raise ValueError(
+            f"{origin / _CONFIG} describes another model than the one to save: give the folder that it was loaded from"
+        )
+    return described | {"dtype" if "dtype" in described else "torch_dtype": dtype.name}
+
+
+def _eos(tokenizer: Tokenizer) -> int | list[int] | None:
+    ids = list(tokenizer.eos_ids)
+    return ids[0] if len(ids) == 1 else ids or None
+
+
+def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Tensor]:
+    """Every parameter under its name in the file, in the file's shape."""
+    table = names.hugging_face(config)
+    wanted = {slot.parameter: (name, slot.shape) for name, slot in table.slots.items()}
+    if wanted.keys() != params.keys():
+        missing, extra = sorted(wanted.keys() - params.keys()), sorted(params.keys() - wanted.keys())
+        raise ValueError(f"the config's parameters {missing[:5]} are missing, {extra[:5]} are not among them")
+    for parameter, (_, shape) in wanted.items():
+        if params[parameter].size != math.prod(shape):
+            raise ValueError(
+                f"{parameter} has shape {params[parameter].shape}, the config asks for {shape} in the file"
+            )
+    return {name: (params[parameter], shape) for parameter, (name, shape) in wanted.items()}
+
+
+def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, Tensor]]:
+    """The tensors in order, cut into files of at most SHARD_BYTES; a larger tensor is a file of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in tensors.items():
+        size = math.prod(tensor[1]) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= size
+    return shards
+
+
+def _clear(folder: epath.Path) -> None:
+    """Make the folder, without the files of an older model."""
+    old = list(folder.iterdir()) if folder.exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(old, key=lambda file: file.name != _CONFIG):
+        if file.name in (_CONFIG, *TOKENIZER_FILES) or _WEIGHTS.fullmatch(file.name):
+            file.unlink()
+
+
+def _write_tokenizer(
+    folder: epath.Path, config: DecoderConfig, tokenizer: Tokenizer | None, origin: epath.Path | None
+) -> None:
+    """The source's files, or the tokenizer's own: `tokenizer.from_folder` gives the same ids, ends and chat text."""
+    if origin is not None and any((origin / name).exists() for name in TOKENIZER_FILES[:2]):
+        for name in TOKENIZER_FILES:
+            if (origin / name).exists():
+                with writing(folder, name) as file:
+                    file.write((origin / name).read_bytes())
+        return
+    if tokenizer is None:
+        return
+    known = {name: text for name, text in tokenizer.names.items() if text in tokenizer.specials}
+    if known != tokenizer.names:  # a reader would make control tokens of them, and other ids of texts that hold them
+        logger.warning("%s are no control tokens, and not saved", sorted(tokenizer.names.keys() - known.keys()))
+    saved = tokenizer.vocab.saved(tokenizer.start)
+    with writing(folder, saved.file) as file:
+        file.write(saved.content)
+    settings = saved.config | known
+    settings |= {
+        "add_bos_token": bool(tokenizer.start),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_positions,
+    }
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    write_json(folder, "tokenizer_config.json", settings)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": _eos(tokenizer)}
+    write_json(folder, "generation_config.json", {key: value for key, value in ids.items() if value is not None})

@@ -1,0 +1,172 @@
+"""Log-probabilities for training against one plain forward pass a text: in value, and in gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import GEMMA, LLAMA, QWEN3, tiny_model
+
+from grm_jax.data.packing import Packed, Source, encoded, packed
+from grm_jax.models.decoder import bind
+from grm_jax.train.forward import REMATS, of_packed, of_samples
+
+SHAPES = {"llama": LLAMA, "gemma2": GEMMA, "qwen3": QWEN3}
+P, G, S, T = 3, 2, 8, 6
+LENGTHS, COUNTS = np.array([8, 3, 1]), np.array([6, 2, 1, 5, 4, 6])
+
+
+def texts(head):
+    """(head, prompts [P, S], samples [R, T]) and a fixed weight for each sampled token, 0 where it is padding."""
+    rng = np.random.default_rng(3)
+    prompts, samples = rng.integers(0, 256, (P, S)), rng.integers(0, 256, (P * G, T))
+    weights = rng.normal(size=(P * G, T)) * (np.arange(T) < COUNTS[:, None])
+    return rng.integers(0, 256, head), prompts, samples, jnp.asarray(weights, jnp.float32)
+
+
+def plain(model, tokens, temperature):
+    """Log-probabilities and entropies of tokens[1:], by log_softmax over the whole vocabulary."""
+    hidden, _ = model(tokens[None], jnp.arange(len(tokens))[None])
+    logs = jax.nn.log_softmax(model.logits(hidden)[0, :-1] / temperature)
+    entropy = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
+    return jnp.take_along_axis(logs, tokens[1:, None], axis=-1)[:, 0], entropy
+
+
+def one_by_one(model, head, prompts, samples, temperature):
+    """What `of_samples` gives, each sample run alone behind its own whole prompt."""
+    found, entropies = np.zeros((P * G, T)).tolist(), np.zeros((P * G, T)).tolist()
+    for row, sample in enumerate(samples):
+        p = row // G
+        text = jnp.asarray([*head, *prompts[p][: LENGTHS[p]], *sample[: COUNTS[row]]])
+        log_probs, entropy = plain(model, text, temperature)
+        for t in range(COUNTS[row]):
+            at = len(head) + LENGTHS[p] - 1 + t
+            found[row][t], entropies[row][t] = log_probs[at], entropy[at]
+    return jnp.asarray(found), jnp.asarray(entropies)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize(("family", "head", "temperature"), [("llama", 5, 1.0), ("gemma2", 9, 0.7), ("qwen3", 0, 1.0)])
+def test_samples_behind_shared_prompts_are_each_alone(family, head, temperature, remat):
+    if remat != "block" and family != "gemma2":
+        pytest.skip("one family shows the other policies")
+    model = tiny_model(SHAPES[family])
+    head, prompts, samples, weights = texts(head)
+
+    def shared(params):
+        found, entropy = of_samples(
+            *(bind(model.graph, params), *map(jnp.asarray, (head, prompts, LENGTHS, samples, COUNTS))),
+            *(temperature, REMATS[remat]),
+        )
+        return jnp.sum(jnp.where(weights != 0, weights * found, 0)), (found, entropy)
+
+    def alone(params):
+        found, entropy = one_by_one(bind(model.graph, params), head, prompts, samples, temperature)
+        return jnp.sum(weights * found), (found, entropy)
+
+    (_, (found, entropy)), grads = jax.jit(jax.value_and_grad(shared, has_aux=True))(model.params)
+    (_, (expected, expected_entropy)), wanted = jax.jit(jax.value_and_grad(alone, has_aux=True))(model.params)
+    real = np.asarray(weights != 0)
+    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(entropy)[real], np.asarray(expected_entropy)[real], atol=2e-5)
+    for name in wanted:
+        np.testing.assert_allclose(grads[name], wanted[name], atol=1e-4, err_msg=name)
+        assert np.abs(np.asarray(wanted[name])).max() > 1e-3, f"{name}: no gradient, the comparison would say nothing"
+
+
+def packed_rows():
+    """Texts packed by the product's own packing, and the texts."""
+    rng = np.random.default_rng(5)
+    records = [
+        (rng.integers(0, 256, a).tolist(), rng.integers(0, 256, b).tolist()) for a, b in [(3, 4), (1, 1), (5, 2)]
+    ]
+    stream, _ = packed([Source(records, lambda record: record, 1.0)], rows=2, length=12, seed=0)
+    return next(iter(stream)), records
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_packed_batch_is_its_texts_one_by_one(family):
+    model = tiny_model(SHAPES[family])
+    batch, _ = packed_rows()
+    assert int((batch.segments > 0).sum()) > 12, "more than one text a row"
+
+    def together(params):
+        found = of_packed(bind(model.graph, params), *map(jnp.asarray, (batch.tokens, batch.positions, batch.segments)))
+        return jnp.sum(jnp.where(batch.trains > 0, found, 0.0))
+
+    def alone(params):
+        total = 0.0
+        for row in range(2):
+            for segment in range(1, batch.segments[row].max() + 1):
+                inside = batch.segments[row] == segment
+                text, trains = batch.tokens[row][inside], batch.trains[row][inside]
+                found, _ = plain(bind(model.graph, params), jnp.asarray(text), 1.0)
+                total += jnp.sum(found * trains[:-1])
+        return total
+
+    value, grads = jax.jit(jax.value_and_grad(together))(model.params)
+    expected, wanted = jax.jit(jax.value_and_grad(alone))(model.params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name in wanted:
+        np.testing.assert_allclose(grads[name], wanted[name], atol=2e-4, err_msg=name)
+
+
+def test_packing_keeps_texts_whole_and_marks_what_is_trained():
+    batch, records = packed_rows()
+    whole = {(*prompt, *completion): len(prompt) for prompt, completion in records}
+    for row in range(2):
+        for segment in range(1, batch.segments[row].max() + 1):
+            inside = batch.segments[row] == segment
+            text = tuple(batch.tokens[row][inside].tolist())
+            assert batch.positions[row][inside].tolist() == list(range(len(text)))
+            trained = [t + 1 for t in np.flatnonzero(batch.trains[row][inside])]
+            assert trained == list(range(whole[text], len(text))), "the completion, all of it, and nothing else"
+    assert not batch.trains[batch.segments == 0].any()
+
+
+def test_a_stream_goes_on_where_its_state_says():
+    records = list(range(1, 60))
+    source = Source(records, lambda n: ([1] * (n % 7 + 1), [n] * (n % 5 + 1)), 1.0)
+    other = Source(list(range(20)), lambda n: ([2], [200 + n] * 3), 2.0)
+
+    def stream():
+        return iter(packed([source, other], rows=2, length=16, seed=4)[0])
+
+    one = stream()
+    for _ in range(5):
+        next(one)
+    state = one.get_state()
+    expected = [next(one) for _ in range(30)]
+    two = stream()
+    two.set_state(state)
+    for found, wanted in zip([next(two) for _ in range(30)], expected, strict=True):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_sources_are_mixed_in_their_shares_and_long_texts_counted():
+    one = Source([1], lambda n: ([1], [1]), 1.0)
+    other = Source([2], lambda n: ([2], [2]), 3.0)
+    long = Source([3], lambda n: ([3] * 20, [3]), 1.0)
+    stream, too_long = packed([one, other, long], rows=4, length=16, seed=0)
+    it, tokens = iter(stream), []
+    for _ in range(50):
+        tokens += next(it).tokens.reshape(-1).tolist()
+    counts = np.bincount(tokens, minlength=4)
+    assert counts[3] == 0
+    assert counts[2] / counts[1] == pytest.approx(3, rel=0.05)
+    assert too_long.count > 100
+
+
+def test_what_cannot_be_packed_is_named():
+    with pytest.raises(ValueError, match="no text to train on"):
+        packed([Source([], lambda n: ([1], [1]), 1.0), Source([1], lambda n: ([1], [1]), 0.0)], 1, 8, 0)
+    with pytest.raises(ValueError, match="a text of 0 prompt and 1 completion tokens"):
+        encoded([], [1])
+    stream, _ = packed([Source([1], lambda n: ([1] * 20, [1]), 1.0)], 1, 8, 0)
+    with pytest.raises(ValueError, match="1000 texts and none of at most 8 tokens"):
+        next(iter(stream))
+
+
+def test_packed_is_a_pytree():
+    batch, _ = packed_rows()
+    assert isinstance(jax.tree.map(lambda x: x, batch), Packed)
