@@ -1,10 +1,10 @@
-"""A base model for the tiny runs: it writes judgments in the right format, with scores that mean nothing.
+"""A base model for the tiny runs: it writes judgments in the right format, and half of them are right.
 
     python configs/tiny_task.py runs/tiny/data
     python -m grm_jax.main rft --config configs/tiny_base.py
 
-A random two-layer decoder over bytes is trained on judgments whose scores were drawn at random (`base.jsonl`) and on
-instructions. What a released base model brings to stage 1, in 30 seconds on two cores.
+A random two-layer decoder over bytes is trained on the judgments of a poor judge (`base.jsonl`) and on instructions: what
+a released base model brings to stage 1.
 """
 
 from grm_jax.recipes import Checkpoints, Fresh, Optimizer, RftConfig
@@ -19,7 +19,7 @@ def config() -> RftConfig:
         general_share=1.0,
         trajectories=0,
         hinted=0,
-        steps=400,
+        steps=500,
         batch_tokens=12 * 320,
         sequence_tokens=320,
         microbatch_rows=12,

@@ -17,8 +17,8 @@ import json
 import random
 from pathlib import Path
 
-QUERIES = {"most": "Which costs most?", "least": "Which costs least?"}
-NOISE = 3.0  # of the poor judge's scores: a standard deviation
+QUERIES = {"most": "which costs most?", "least": "which costs least?"}
+NOISE = 1.5  # of the poor judge's scores: a standard deviation
 SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500}
 
 
@@ -33,7 +33,7 @@ def example(rng: random.Random, id_: str) -> dict:
     best = max(prices) if asked == "most" else min(prices)
     return {
         "id": id_,
-        "messages": [{"role": "user", "content": QUERIES[asked]}],
+        "messages": [{"role": "user", "content": f"{name(rng)}: {QUERIES[asked]}"}],
         "responses": [f"{price} {name(rng)}" for price in prices],
         "scores": [float(price == best) for price in prices],
         "source": asked,

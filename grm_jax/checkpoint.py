@@ -108,7 +108,8 @@ class Saver:
         """Save a pytree of jax.Arrays (typed keys too) and what JSON can hold; False where the step is there already.
 
         Returns when the state is copied, so that it may be donated; waits first for an earlier save that is still being
-        written, and raises the error of one that failed. Raises ValueError, naming it, for a leaf that is no jax.Array.
+        written, and raises the error of one that failed. Raises ValueError, naming it, for a leaf that is empty or no
+        jax.Array.
         """
         if step in self.manager.all_steps():
             return False
@@ -116,6 +117,8 @@ class Saver:
         for name, leaf in leaves.items():
             if not isinstance(leaf, jax.Array):
                 raise ValueError(f"{name} of the state is a {type(leaf).__name__}: a checkpoint holds jax.Arrays alone")
+            if not leaf.size:
+                raise ValueError(f"{name} of the state has no elements, {leaf.shape}: leave it out of what is saved")
         digests = jax.device_get({name: digest(leaf) for name, leaf in leaves.items()})
         arrays = {name: [*_kind(leaf), int(digests[name])] for name, leaf in leaves.items()}
         record = json.loads(json.dumps({"data": dict(data), "recipe": self.recipe, "arrays": arrays}))

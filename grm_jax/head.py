@@ -113,7 +113,9 @@ def _backward(softcap, temperature, tokens, vocab, residuals, cotangents):
                 p_TW = jnp.where(real_W[None], p_TW, 0.0)
             hit_TW = target_T[:, None] == id_W[None]
             d_TW = (g_T[:, None] * slope_TW * (hit_TW - p_TW)).astype(w_WD.dtype)
-            d_h_TD += jnp.einsum("TW,WD->TD", d_TW, w_WD, preferred_element_type=jnp.float32)
+            d_h_TD += jax.lax.optimization_barrier(
+                jnp.einsum("TW,WD->TD", d_TW, w_WD, preferred_element_type=jnp.float32)
+            )
             d_w_WD += jnp.einsum("TW,TD->WD", d_TW, h_TD.astype(w_WD.dtype), preferred_element_type=jnp.float32)
             return d_w_WD, d_h_TD
 
@@ -136,7 +138,10 @@ _log_probs.defvjp(_forward, _backward)
 
 def _logits(h_TD, w_WD, softcap, temperature):
     """Logits [T, W] of a block, and their derivative with respect to the product h w."""
-    x = jnp.einsum("TD,WD->TW", h_TD.astype(w_WD.dtype), w_WD, preferred_element_type=jnp.float32)
+    # The barriers here and in the backward pass keep transpositions of the hidden states out of the products: XLA's CPU
+    # backend would fold them in, and has no such product of bfloat16 numbers.
+    h_TD = jax.lax.optimization_barrier(h_TD.astype(w_WD.dtype))
+    x = jnp.einsum("TD,WD->TW", h_TD, w_WD, preferred_element_type=jnp.float32)
     if softcap is None:
         return x / temperature, jnp.full_like(x, 1 / temperature)
     bent = jnp.tanh(x / softcap)

@@ -28,6 +28,16 @@ def _at_least(config: object, least: float, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} = {value}: it has to be at least {least}")
 
 
+def _given(config: object, *names: str) -> list[str]:
+    """The fields among these that are not None."""
+    return [name for name in names if getattr(config, name) is not None]
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: it has to be 0 to 2^32 - 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Fresh:
     """The numbers of a fresh random decoder over bytes, for runs that take the whole path in a minute."""
@@ -37,6 +47,14 @@ class Fresh:
     heads: int = 4
     mlp_dim: int = 256
     max_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "dim", "layers", "heads", "mlp_dim", "max_positions")
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"dim = {self.dim} in heads = {self.heads}: each head has to get the same even number of it, "
+                "which rotary positions pair up"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Checkpoints:
     """keep for good the checkpoints of steps that this divides"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "keep_last")
+        _at_least(self, 1, "every", "keep_last", *_given(self, "keep_every"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +135,9 @@ class Items:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "held_out")
-        _at_least(self, 1, "per_example")
+        _at_least(self, 1, "per_example", *_given(self, "limit"))
         if not self.n_choices or min(self.n_choices) < 2:
-            raise ValueError(f"n_choices = {self.n_choices}: give numbers of at least 2, such as 2,3,4")
+            raise ValueError(f"n_choices = {self.n_choices}: give numbers of at least 2, such as 2 3 4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +155,8 @@ class _Run:
     """optimizer steps"""
     template: str | None = None
     """of the prompts that are trained on; by default listwise, and single_binary or single for one response"""
-    compute_dtype: Dtype = "bfloat16"
-    """of activations and of the copy of the weights that works; master weights are float32"""
+    compute_dtype: Dtype | None = None
+    """of the copy of the weights that works, by default float32 on CPU, else bfloat16; master weights are float32"""
     optimizer: Optimizer = Optimizer()
     lora: Lora = Lora()
     remat: Literal["none", "block", "dots"] = "block"
@@ -152,17 +170,18 @@ class _Run:
     """steps between two measurements on the held-out examples; 0 measures at the start and the end alone"""
     votes: int = 1
     """judgments of each held-out example when it is measured"""
+    slots: int = 64
+    """samples decoded at once, but for the rollouts of RL"""
     evaluate_temperature: float = 0.5
     """of those judgments: the paper votes at 0.5 (section 5)"""
     profile: tuple[int, ...] = ()
     """steps to trace, into the run's folder"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "votes")
+        _at_least(self, 1, "steps", "votes", *_given(self, "devices"))
         _at_least(self, 0, "log_samples_every", "evaluate_every")
         check_sampling(self.evaluate_temperature, 0, 1.0, 0.0)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed = {self.seed}: it has to be 0 to 2^32 - 1")
+        _check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +197,6 @@ class RftConfig(_Run):
     temperature: float = 1.0
     max_new_tokens: int = 512
     """of a sampled judgment"""
-    slots: int = 64
-    """samples decoded at once"""
     general: tuple[str, ...] = ()
     """JSON Lines of general instruction data: conversations that end in the assistant's turn"""
     general_share: float = 0.85
@@ -194,7 +211,7 @@ class RftConfig(_Run):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "trajectories", "hinted")
-        _at_least(self, 1, "max_new_tokens", "slots", "microbatch_rows")
+        _at_least(self, 1, "max_new_tokens", "microbatch_rows")
         _at_least(self, 2, "sequence_tokens")
         check_sampling(self.temperature, 0, 1.0, 0.0)
         if not 0 <= self.general_share <= 1:
@@ -206,6 +223,10 @@ class RftConfig(_Run):
             )
         if not self.general and not self.items.files:
             raise ValueError("neither items.files nor general names a file: there is nothing to train on")
+        if self.items.files and not (self.trajectories or self.hinted):
+            raise ValueError(
+                "trajectories = 0 and hinted = 0: nothing is sampled from items.files; raise one, or name no items"
+            )
         rows, rest = divmod(self.batch_tokens, self.sequence_tokens)
         if rest or rows % self.microbatch_rows or not rows:
             raise ValueError(
@@ -284,7 +305,9 @@ class SampleConfig:
     """start anew where the output exists"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "votes", "max_new_tokens", "slots")
+        _at_least(self, 1, "votes", "max_new_tokens", "slots", *_given(self, "devices"))
+        check_sampling(self.temperature, 0, 1.0, 0.0)
+        _check_seed(self.seed)
         if not self.items.files:
             raise ValueError("items.files names no file: give labelled examples, such as --items.files train.jsonl.gz")
 
@@ -295,7 +318,8 @@ def load(kind: type[Recipe], args: Sequence[str], prog: str) -> Recipe:
     FILE is a Python file that defines `config()`. Raises ValueError: a file that is missing, lacks `config`, or returns
     another kind of recipe; a field out of its range.
     """
-    default, rest = None, list(args)
+    default = None
+    rest = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in rest:
         at = rest.index("--config")
         if at + 1 == len(rest):
@@ -311,10 +335,10 @@ def read(kind: type[Recipe], file: str) -> Recipe:
         raise ValueError(f"no config {file!r}: give a Python file such as configs/tiny_rl.py")
     found = runpy.run_path(file)
     if not callable(found.get("config")):
-        raise ValueError(f"{file} defines no config(): add a function of that name that returns an {kind.__name__}")
+        raise ValueError(f"{file} defines no config(): add a function of that name that returns {kind.__name__}(...)")
     recipe = found["config"]()
     if not isinstance(recipe, kind):
-        raise ValueError(f"{file} returns a {type(recipe).__name__}, this command needs an {kind.__name__}")
+        raise ValueError(f"{file} returns {type(recipe).__name__}(...), this command needs {kind.__name__}(...)")
     return recipe
 
 

@@ -291,6 +291,8 @@ def test_what_cannot_be_saved_or_restored_is_named(tmp_path):
     with opened(tmp_path) as saver:
         with pytest.raises(ValueError, match=r"a\.n of the state is a int"):
             saver.save(1, {"a": {"n": 3}}, {})
+        with pytest.raises(ValueError, match="a of the state has no elements"):
+            saver.save(1, {"a": jnp.zeros((0, 3))}, {})
         with pytest.raises(ValueError, match="2 arrays have 1 names"):
             saver.save(1, {"a.b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}}, {})
         with pytest.raises(ValueError, match="w of the target has no sharding"):

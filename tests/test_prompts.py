@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from grm_jax import prompts
 from grm_jax.datatypes import Example, Message
 
-NAMES = ("listwise", "listwise_demos", "single", "single_binary", "single_demos")
+NAMES = ("listwise", "listwise_demos", "listwise_short", "single", "single_binary", "single_demos")
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<s>", "aa", "aba", "##", "[[", "\u200b>")
 WORDS = (
     *("#### Conversation Context ####", "#### Responses to be Scored ####", "[The Begin of Response 2]"),

@@ -62,11 +62,13 @@ def measure(
 def worth_of(example: Example, verdict: Verdict) -> float:
     """1 for a right verdict, 0 for a wrong one, 1 / (number of the best) at a tie that holds the right one.
 
-    A single response is right when its mean score is nearest to its label (n = 1 of Eq. 10, over votes).
+    A single response is right when its label is the whole number nearest to its mean score (n = 1 of Eq. 10, over
+    votes); half right when two are as near.
     """
     labels = example.scores
     if len(labels) == 1:
-        return float(bool(verdict.valid) and round(verdict.scores[0] / verdict.valid) == labels[0])
+        far = abs(verdict.scores[0] / verdict.valid - labels[0]) if verdict.valid else 1.0
+        return 0.5 if far == 0.5 else float(far < 0.5)
     top = [i for i, score in enumerate(verdict.scores) if score == max(verdict.scores)]
     return (labels.index(max(labels)) in top) / len(top)
 

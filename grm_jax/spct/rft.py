@@ -37,7 +37,10 @@ from grm_jax.train import policy as training
 
 
 def run(recipe: RftConfig) -> None:
-    """Fine-tune the recipe's model into `output`/model. Raises ValueError for bad input before a model is loaded."""
+    """Fine-tune the recipe's model into `output`/model.
+
+    Raises ValueError for bad input before a model is loaded, KeyboardInterrupt when asked to stop (the state is saved).
+    """
     found = labelled.ItemSet([], [], {})
     if recipe.items.files:
         found = labelled.load(recipe.items, recipe.seed)
@@ -53,20 +56,16 @@ def run(recipe: RftConfig) -> None:
     state = training.start(begun.params, optimizer, begun.policy.mesh)
     step = rft_step.make_step(begun.policy, recipe, optimizer, state)
     with runs.opened(recipe, begun, found, state, iter(stream)) as run:
-        if run.first == 0:
-            run.measured(0)
+        run.measured(run.first)
         for number in range(run.first, recipe.steps):
             batch = next(run.batches)
             with runs.traced(recipe, number):
                 run.state, scalars = step(run.state, begun.frozen, rft_step.put(batch, begun.policy))
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))
-            if run.kept(number + 1):
-                return
-            if recipe.evaluate_every and (number + 1) % recipe.evaluate_every == 0 and number + 1 < recipe.steps:
-                run.measured(number + 1)
+            run.kept(number + 1)
+            run.measured(number + 1)
         if too_long.count:
             logger.info("%d texts were longer than a row of %d tokens", too_long.count, recipe.sequence_tokens)
-        run.measured(recipe.steps)
         start.save(begun, run.state, recipe.output)
 
 

@@ -4,7 +4,8 @@
    is restored, if there is one.
 2. Each step: the host hands over a batch of prompts, rendered and tokenised ahead of time; the device runs the one
    program of `rl_step`; meanwhile the host writes the metrics of the step before.
-3. Checkpoints are written behind the loop's back every so many steps, at the end, and when the run is asked to stop.
+3. Checkpoints are written behind the loop's back every so many steps, at the end, and when the run is asked to stop,
+   which ends the command with code 130.
 4. Accuracy on held-out examples is measured before, between (`evaluate_every`) and after the steps.
 
 Started again with the same command, a run goes on at its newest checkpoint, and from there on its metrics are those of
@@ -41,7 +42,10 @@ _BY_SOURCE = ("reward", "accuracy", "tie_rate", "parse_failures")
 
 
 def run(recipe: RlConfig) -> None:
-    """Train the recipe's model into `output`/model. Raises ValueError for bad input before a model is loaded."""
+    """Train the recipe's model into `output`/model.
+
+    Raises ValueError for bad input before a model is loaded, KeyboardInterrupt when asked to stop (the state is saved).
+    """
     found = labelled.load(recipe.items, recipe.seed)
     runs.say_items(found)
     train = hard_enough(found.train, recipe.samples)
@@ -58,18 +62,14 @@ def run(recipe: RlConfig) -> None:
     step = rl_step.make_step(begun.policy, recipe, optimizer, table, begun.tokenizer.eos_ids, state)
     key = jax.random.key(recipe.seed, impl="threefry2x32")
     with runs.opened(recipe, begun, found, state, batches.stream(source)) as run:
-        if run.first == 0:
-            run.measured(0)
+        run.measured(run.first)
         for number in range(run.first, recipe.steps):
             batch, shown = next(run.batches)
             with runs.traced(recipe, number):
                 run.state, report = step(run.state, begun.frozen, rl_step.put(batch, begun.policy), key)
             run.reported(functools.partial(_write, run, number + 1, batch, shown, report))
-            if run.kept(number + 1):
-                return
-            if recipe.evaluate_every and (number + 1) % recipe.evaluate_every == 0 and number + 1 < recipe.steps:
-                run.measured(number + 1)
-        run.measured(recipe.steps)
+            run.kept(number + 1)
+            run.measured(number + 1)
         start.save(begun, run.state, recipe.output)
 
 

@@ -1,9 +1,9 @@
 """What both stages of training have around their loops: where a run stands, what it keeps, how it is stopped.
 
 1. `opened` claims the run's folder for its recipe, restores the newest whole checkpoint, and opens the metrics there.
-2. `Run.kept` saves a checkpoint where one is due, at the last step, and when the run was asked to stop.
-3. `Run.reported` writes the step before while the device computes this one.
-4. `Run.measured` judges the held-out examples with the weights as they are.
+2. `Run.reported` writes the step before while the device computes this one.
+3. `Run.kept` saves a checkpoint where one is due, at the last step, and when the run was asked to stop, which ends it.
+4. `Run.measured` judges the held-out examples with the weights as they are, where that is due.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from etils import epath
 
 from grm_jax import prompts, recipes
 from grm_jax.checkpoint import Interrupt, Saver, claim
@@ -44,6 +46,7 @@ class Run:
     saver: Saver
     metrics: Metrics
     interrupt: Interrupt
+    known: frozenset[int]  # steps up to `first` after which the held-out examples have been judged
     _late: Callable[[], None] | None = None
     _clock: float = 0.0
 
@@ -58,21 +61,31 @@ class Run:
         before, self._clock = self._clock, time.monotonic()
         return self._clock - before
 
-    def kept(self, done: int) -> bool:
-        """Save after `done` steps where that is due; whether the run was asked to stop here."""
+    def kept(self, done: int) -> None:
+        """Save after `done` steps where that is due.
+
+        Raises KeyboardInterrupt, when all is saved, where the run was asked to stop: what follows a run needs its model.
+        """
         asked = self.interrupt.asked
         if asked or self.saver.due(done) or done == self.recipe.steps:
             self.reported(None)  # no row behind a checkpoint may be missing
             self.metrics.flush()
             self.saver.save(done, self.state, {"batches": self.batches.get_state()})
         if asked:
+            self.saver.wait()
             logger.info("asked to stop: step %d is saved, the same command goes on there", done)
-        return asked
+            raise KeyboardInterrupt
 
     def measured(self, done: int) -> None:
-        """Judge the held-out examples, if there are any, and log and keep what came out."""
-        if not self.found.held_out:
+        """Judge the held-out examples where that is due after `done` steps, and log and keep what came out.
+
+        Due are the start, the end and what `evaluate_every` divides, unless the run that this one goes on from did it.
+        """
+        every = self.recipe.evaluate_every
+        due = done in (0, self.recipe.steps) or (every > 0 and done % every == 0)
+        if not self.found.held_out or not due or done in self.known:
             return
+        self.reported(None)  # the time of a step is none of the measurement's
         grm = self.begun.judge(self.state.params)
         settings = JudgeSettings(
             votes=self.recipe.votes,
@@ -80,7 +93,7 @@ class Run:
             seed=self.recipe.seed,
             max_new_tokens=self.recipe.max_new_tokens,
             force_scores=False,
-            slots=64,
+            slots=self.recipe.slots,
         )
         result = measure(grm, self.found.held_out, template_of(self.recipe, self.found), settings)
         logger.info("after %d steps: %s", done, result)
@@ -113,6 +126,7 @@ def opened(
     Raises ValueError for a folder that holds a run of another recipe.
     """
     claim(recipe.output, recipe)
+    known = _measured_steps(recipe.output)
     with (
         Saver.open(recipe.output, recipe.checkpoints, recipes.as_json(recipe)) as saver,
         Interrupt() as interrupt,
@@ -124,9 +138,19 @@ def opened(
             batches.set_state(data["batches"])
             logger.info("going on behind step %d of %s", first, recipe.output)
         with Metrics(recipe.output, first if restored else -1) as metrics:
-            run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt)
+            known = frozenset(step for step in known if restored and step <= first)  # later rows are dropped
+            run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt, known)
             run.seconds()
             yield run
+
+
+def _measured_steps(output: str) -> set[int]:
+    """The steps that have a row in `held_out.jsonl`. Read before anything is written: all processes find the same."""
+    file, found = epath.Path(output) / "held_out.jsonl", set()
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):  # half-written
+            found.add(json.loads(line)["step"])
+    return found
 
 
 @contextlib.contextmanager

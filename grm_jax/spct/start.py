@@ -50,7 +50,8 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
 
     Raises FileNotFoundError and ValueError as `grm.load` does, and ValueError for a model without a tokenizer.
     """
-    compute = jnp.dtype(recipe.compute_dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
     stored = compute if recipe.lora.rank else jnp.dtype(jnp.float32)
     if recipe.model == FRESH:
         found = _fresh(recipe.fresh, recipe.seed, recipe.devices, stored)

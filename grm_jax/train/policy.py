@@ -117,7 +117,7 @@ def moved(
 ) -> tuple[Params, optax.OptState, jax.Array]:
     """Parameters and optimizer state after one update, and the gradients' global norm before clipping."""
     updates, after = optimizer.update(grads, state.optimizer, state.params)
-    return optax.apply_updates(state.params, updates), after, optax.global_norm(grads)
+    return optax.apply_updates(state.params, updates), after, optax.tree.norm(grads)
 
 
 def split(x: Array, parts: int, group: int = 1) -> Array:
