@@ -178,7 +178,7 @@ class _Run:
     """steps to trace, into the run's folder"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "votes", *_given(self, "devices"))
+        _at_least(self, 1, "steps", "votes", "slots", *_given(self, "devices"))
         _at_least(self, 0, "log_samples_every", "evaluate_every")
         check_sampling(self.evaluate_temperature, 0, 1.0, 0.0)
         _check_seed(self.seed)

@@ -173,7 +173,7 @@ LEAST = [
     (Items, 0, ("held_out",)),
     (Items, 1, ("per_example", "limit")),
     (rl, 1, ("steps", "votes", "devices", "prompts_per_step", "max_new_tokens", "updates_per_step")),
-    (rl, 1, ("microbatch_prompts",)),
+    (rl, 1, ("microbatch_prompts", "slots")),
     (rl, 2, ("group", "max_prompt_tokens")),
     (rl, 0, ("clip_low", "clip_high", "kl_coef", "log_samples_every", "evaluate_every")),
     (rft, 0, ("trajectories", "hinted")),

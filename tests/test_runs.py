@@ -23,8 +23,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import grm_jax
-from grm_jax import prompts
 from grm_jax import grm as judges
+from grm_jax import prompts
 from grm_jax.checkpoint import Saver
 from grm_jax.data import items as labelled
 from grm_jax.data.jsonl import parse_row
