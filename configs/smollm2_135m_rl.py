@@ -3,8 +3,8 @@
     python -m grm_jax.main rl --config configs/smollm2_135m_rl.py
 
 The files are those of stage 1: labelled rows as the README describes them. 4 prompts x 4 rollouts of at most 160 tokens a
-step, on two cores. To expect: `reward` and `accuracy` of `metrics.jsonl` are noisy, 16 judgments a step; compare
-`held_out.jsonl` before and after, and both with `longer`, which picks the longer response.
+step, on two cores and in 9 GB of memory. To expect: `reward` and `accuracy` of `metrics.jsonl` are noisy, 16 judgments a
+step; compare `held_out.jsonl` before and after, and both with `longer`, which picks the longer response.
 """
 
 from grm_jax.recipes import Checkpoints, Items, Optimizer, RlConfig

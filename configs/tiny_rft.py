@@ -29,7 +29,7 @@ def config() -> RftConfig:
         sequence_tokens=320,
         microbatch_rows=12,
         compute_dtype="float32",
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=5),
+        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),
         remat="none",
     )

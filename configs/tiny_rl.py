@@ -25,7 +25,7 @@ def config() -> RlConfig:
         kl_coef=0.0,  # the smallest of the paper's grid: a poor judge is nothing to stay near to
         steps=100,
         compute_dtype="float32",
-        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5, schedule="cosine"),
+        optimizer=Optimizer(learning_rate=4e-4, warmup_steps=5, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),
         remat="none",
     )

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from grm_jax import prompts
+from grm_jax.buckets import power_of_two
 from grm_jax.data import batches
-from grm_jax.data.batches import PromptBatches, head_of, stream
+from grm_jax.data.batches import LEAST_TOKENS, PromptBatches, head_of, stream
 from grm_jax.datatypes import Example, Message, stable_hash
 from grm_jax.grm import _prompt_ids
 from grm_jax.prompts import load_template
@@ -127,12 +128,12 @@ def test_a_group_smaller_than_a_batch_repeats_under_other_keys_and_orders(short)
 
 def test_batches_hold_items_of_like_length(short):
     source = source_of(items_of(256, long=1000), short, size=4)
-    padded, used = 0, 0
+    spent, least = 0, 0
     for step in range(source.epoch_steps):
-        lengths = source[step][0].lengths
-        padded += int(lengths.max()) * 4 - int(lengths.sum())
-        used += int(lengths.sum())
-    assert padded < 0.08 * used  # unsorted: 0.37
+        batch, _ = source[step]
+        spent += batch.tokens.size
+        least += sum(power_of_two(int(length), LEAST_TOKENS) for length in batch.lengths)
+    assert spent < 1.15 * least  # every row at the width of its own power of two; unsorted: 1.34
 
 
 def test_orders_are_uniform_and_change_with_the_epoch(short):

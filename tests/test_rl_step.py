@@ -112,11 +112,12 @@ def begin(recipe, devices=1, params=None, reward=rewards.outcome, config=SMALL):
 
 
 def host_reward(report, given, row):
-    """What `parse` and Eq. 10 and 11 say of a rollout's decoded text."""
+    """What `parse` and Eq. 10 and 11 say of a rollout's decoded text, an unfinished one being wrong."""
     p = row // (report.rollouts.tokens.shape[0] // len(given.counts))
     n = int(given.counts[p])
-    text = TOKENIZER.decode(report.rollouts.tokens[row, : report.rollouts.counts[row]].tolist())
-    found, _ = scores.parse(text, n, int(given.low[p]), int(given.high[p]))
+    ids = report.rollouts.tokens[row, : report.rollouts.counts[row]].tolist()
+    found, _ = scores.parse(TOKENIZER.decode(ids), n, int(given.low[p]), int(given.high[p]))
+    found = found if EOS in ids else None  # unfinished
     right = rewards.is_correct(found, tuple(given.labels[p, :n].tolist()))
     return found, right, 1.0 if right else -1.0
 
@@ -155,8 +156,9 @@ def test_any_text_is_judged_as_the_host_would(texts, seed):
     tokens = np.zeros((4, 64), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids) + 1] = [*ids, EOS]
-    counts = np.array([len(ids) + 1 for ids in rows], np.int32)
-    rollouts = Rollouts(tokens, np.zeros((4, 64), np.float32), counts, np.ones(4, bool))
+    ended = np.array([True, True, True, seed % 2 == 0])
+    counts = np.array([len(ids) for ids in rows], np.int32) + ended
+    rollouts = Rollouts(tokens, np.zeros((4, 64), np.float32), counts, ended)
     judged = _judge(rollouts, given_batch)
     report = rl_step.Report({}, rollouts, jax.device_get(judged))
     for row in range(4):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import grain
@@ -71,7 +72,7 @@ class _Group:
     template: prompts.Template
     head: tuple[int, ...]
     items: list[Example]
-    lengths: np.ndarray  # in characters
+    lengths: np.ndarray  # classes of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ class PromptBatches:
         share = size // process_count
         self._share = slice(process_index * share, (process_index + 1) * share)
         self._groups = [
-            _Group(template, head_of(tokenizer, template, group), group, np.array([_characters(e) for e in group]))
+            _Group(template, head_of(tokenizer, template, group), group, np.array([_length_class(e) for e in group]))
             for template, group in by_template.items()
         ]
         self.epoch_steps = sum(-(-len(group.items) // size) for group in self._groups)
@@ -245,9 +246,13 @@ def _batch(group: _Group, rows: Sequence[_Row], width: int, widest: int) -> Batc
     )
 
 
-def _characters(item: Example) -> int:
+def _length_class(item: Example) -> int:
+    """Quarter octaves of the characters shown: as fine as padding to powers of two can tell apart.
+
+    Sorted by exact length, a batch would hold items that are alike in more than that, such as those of one question.
+    """
     texts = (*(message.content for message in item.messages), *item.responses, item.reference or "")
-    return sum(map(len, texts))
+    return math.ceil(4 * math.log2(max(sum(map(len, texts)), 1)))
 
 
 def _prompt_ids(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> tuple[int, ...]:

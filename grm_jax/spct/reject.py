@@ -3,6 +3,7 @@
 1. A wrong judgment is rejected; one that does not parse, or whose top is a tie, is wrong (Eq. 10).
 2. An item whose every judgment without a hint is right is too easy: its judgments without a hint are all rejected.
 3. A judgment with a hint is rejected only when it is wrong, also where the item is too easy.
+4. A right judgment that ran into the budget is no trajectory: what would be trained is to stop in mid-sentence.
 
 The same rows filter RL's items (2, section 3.2) and label the meta RM's data (section 4.2).
 """
@@ -60,12 +61,14 @@ def trajectories(unhinted: Iterable[Sample], hinted: Iterable[Sample] = ()) -> t
             raise ValueError(f"sample {index} of {id!r} occurs {times} times: pass each file once")
     easy = too_easy_ids(unhinted)
     rejected = Counter(reason for sample in everything if (reason := _fault(sample, easy)))
-    return reject_wrong(reject_easy(everything)), rejected
+    return [sample for sample in everything if not _fault(sample, easy)], rejected
 
 
 def _fault(sample: Sample, easy: set[str]) -> str | None:
     """Why a sample is rejected, None for one that is kept."""
     if sample.correct:
+        if sample.ended is False:
+            return "cut short"
         return "too easy" if sample.id in easy and not sample.hinted else None
     if sample.scores is None:
         return "unparsed"

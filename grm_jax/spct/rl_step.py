@@ -2,14 +2,15 @@
 
 1. `roll`: the policy's working copy prefills the shared head once and each prompt once, then decodes G samples of each
    with the sampler's own loop (`sampler.rollout`); their log-probabilities are carried, one number a token.
-2. The scores are read from the tokens on the device (`scores.read`), and rewarded: +1 right, -1 wrong or unparsable
-   (Eq. 10, Eq. 11); rewards become advantages within each prompt's group.
+2. The scores are read from the tokens on the device (`scores.read`), and rewarded: +1 right, -1 wrong, unparsable or
+   unfinished (Eq. 10, Eq. 11); rewards become advantages within each prompt's group.
 3. Gradients are added up over microbatches of whole prompts. Token weights are made once from the whole batch, so any
    size of microbatch gives the same gradient. The KL's reference is `frozen`, run without a gradient.
 4. AdamW moves the parameters. `updates_per_step` > 1 repeats 3 and 4 on the same rollouts.
 
 Departures from the paper, which gives no such detail: old log-probabilities are the sampler's own, also for the first
 update, so a difference between sampler and trainer is weighed like any other policy lag; `drift` logs that difference.
+A rollout that ran into its budget is wrong even where a box stands in it: else nothing teaches a judge to stop.
 
 Shapes: P prompts, G rollouts a prompt, R = P * G, S prompt slots, T tokens, N responses, M microbatches.
 """
@@ -117,12 +118,13 @@ def roll(
 
 
 def judge(rollouts: Rollouts, batch: Batch, group: int, table: scores.TokenTable, reward: rewards.Reward) -> Judged:
-    """Scores read from the tokens and rewarded; one that ran into the budget is read as far as it came."""
+    """Scores read from the tokens and rewarded. A rollout that ran into the budget is not valid, whatever it says."""
     labels, counts, low, high = (
         jnp.repeat(x, group, axis=0) for x in (batch.labels, batch.counts, batch.low, batch.high)
     )
     wide = scores.LIMIT
-    raw, valid = scores.read(table, rollouts.tokens, rollouts.counts, counts, labels.shape[1], -wide, wide)
+    raw, parsed = scores.read(table, rollouts.tokens, rollouts.counts, counts, labels.shape[1], -wide, wide)
+    valid = parsed & rollouts.ended
     found = jnp.where(valid[:, None], jnp.clip(raw, low[:, None], high[:, None]), -1)
     found = jnp.where(jnp.arange(labels.shape[1])[None] < counts[:, None], found, -1)
     return Judged(
