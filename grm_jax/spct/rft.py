@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.experimental import multihost_utils
 
 from grm_jax import metrics, prompts
 from grm_jax.data import items as labelled
@@ -105,6 +106,8 @@ def _sampled(recipe: RftConfig, found: labelled.ItemSet, begun: Start, hinted: b
     sample_part(
         config, found.train, name_of, jax.process_index(), jax.process_count(), lambda: begun.judge(begun.params)
     )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(config.output)  # every process reads the parts of all
     return read_samples(config.output)
 
 
