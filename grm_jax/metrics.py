@@ -113,6 +113,7 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
         for text in texts:
             self._samples.add({"step": step, **text})
         shown = "\n".join(f"  {name}: {value}" for name, value in texts[0].items())
+        shown = shown.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair ends no log
         logger.info("step %d, one of %d judgments:\n%s", step, len(texts), shown)
 
     def flush(self) -> None:
