@@ -16,7 +16,7 @@ from tiny import LLAMA, tiny_model
 
 from grm_jax import metrics
 from grm_jax.log import logger
-from grm_jax.metrics import Metrics, by_source, device_memory, peak_flops
+from grm_jax.metrics import Metrics, by_source, device_memory, peak_flops, speed
 from grm_jax.models.flops import attention_flops, matrix_weights, model_flops
 
 
@@ -101,6 +101,23 @@ def test_samples_are_written_in_full_and_one_is_shown(tmp_path, lines):
     assert lines[0].startswith("step 4, one of 2 judgments:\n  id: a\n  text: long")
 
 
+def test_held_out_rows_stand_apart_and_go_with_later_steps(tmp_path):
+    with Metrics(str(tmp_path), -1) as out:
+        out.held_out(0, {"accuracy": 0.5})
+        out.held_out(8, {"accuracy": 0.75})
+    with Metrics(str(tmp_path), 4) as out:
+        out.held_out(6, {"accuracy": 1.0})
+    assert rows(tmp_path, "held_out.jsonl") == [{"step": 0, "accuracy": 0.5}, {"step": 6, "accuracy": 1.0}]
+    assert rows(tmp_path) == []
+
+
+def test_speed_is_tokens_and_the_share_of_what_the_devices_reach():
+    found = speed(tokens=300, flops=0.0, seconds=2.0)
+    assert (found["tokens_per_second"], found["mfu"], found["seconds"]) == (150, 0, 2)
+    assert speed(1, 2e9, 1.0)["mfu"] == pytest.approx(2 * speed(1, 1e9, 1.0)["mfu"])
+    assert 0 < found["memory_gb"] < 100
+
+
 def test_other_processes_write_nothing(tmp_path, lines):
     with Metrics(str(tmp_path), -1, process_index=1) as out:
         out.write(1, {"loss": 1.0})
@@ -154,7 +171,12 @@ def test_half_a_row_is_dropped_wherever_it_was_cut(tmp_path, lines):
     metrics._Rows(file, 2).close()
     assert file.read_bytes() == whole + b'{"step": 1}\n'
     assert lines[-1] == f"{file}: dropped 3 lines that are half-written or no rows"
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "samples.jsonl",
+        "held_out.jsonl",
+        "tensorboard",
+    }
 
 
 KILLED = """
