@@ -123,8 +123,8 @@ def host_reward(report, given, row):
 
 
 def test_every_rollout_of_200_steps_is_rewarded_as_the_host_would():
-    """Rewarded for nothing that the text says, the model drifts: whole boxes, broken ones and endless texts occur."""
-    recipe = dataclasses.replace(RECIPE, optimizer=Optimizer(learning_rate=1e-3))
+    """Whole boxes, broken ones, and texts that a budget too small for three scores cuts short, as the model drifts."""
+    recipe = dataclasses.replace(RECIPE, max_new_tokens=17, optimizer=Optimizer(learning_rate=1e-3))
     step, state, policy = begin(recipe, params=writer())
     kinds = {"right": 0, "wrong": 0, "unparsed": 0, "endless": 0}
     for number in range(200):
@@ -141,7 +141,7 @@ def test_every_rollout_of_200_steps_is_rewarded_as_the_host_would():
             assert tuple(report.judged.scores[row]) == expected
             kinds["unparsed" if found is None else "right" if right else "wrong"] += 1
             kinds["endless"] += not report.rollouts.ended[row]
-    assert min(kinds.values()) > 20, f"a kind of rollout hardly occurred: {kinds}"
+    assert min(kinds.values()) > 100, f"a kind of rollout hardly occurred: {kinds}"
     assert step._cache_size() == 1
 
 
