@@ -124,6 +124,8 @@ class Items:
 
     files: tuple[str, ...] = ()
     """JSON Lines of examples with scores (.gz too, local or gs://)"""
+    per_file: int | None = None
+    """examples taken from each file at most, drawn by the seed, so that a large file does not crowd out others"""
     n_choices: tuple[int, ...] = (2,)
     """responses of an item made from a longer list: drawn from these by the seed"""
     per_example: int = 1
@@ -135,7 +137,7 @@ class Items:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "held_out")
-        _at_least(self, 1, "per_example", *_given(self, "limit"))
+        _at_least(self, 1, "per_example", *_given(self, "limit", "per_file"))
         if not self.n_choices or min(self.n_choices) < 2:
             raise ValueError(f"n_choices = {self.n_choices}: give numbers of at least 2, such as 2 3 4")
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import GEMMA, LLAMA, QWEN3, tiny_model
 
 from grm_jax.data.packing import Packed, Source, encoded, packed
+from grm_jax.models import attention
 from grm_jax.models.decoder import bind
 from grm_jax.train.forward import REMATS, of_packed, of_samples
 
@@ -49,10 +50,15 @@ def each_alone(model, head, prompts, samples, temperature):
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "temperature", "remat"),
-    [("llama", 5, 1.0, "block"), ("gemma2", 9, 0.7, "none"), ("gemma2", 3, 1.0, "dots"), ("qwen3", 0, 1.0, "block")],
+    ("family", "head", "temperature", "remat", "piece"),
+    [
+        ("llama", 5, 1.0, "block", 128),
+        ("gemma2", 9, 0.7, "none", 3),
+        ("gemma2", 3, 1.0, "dots", 2),
+        ("qwen3", 0, 1.0, "block", 5),
+    ],
 )
-def test_samples_behind_shared_prompts_are_each_alone(family, head, temperature, remat):
+def test_samples_behind_shared_prompts_are_each_alone(monkeypatch, family, head, temperature, remat, piece):
     model = tiny_model(SHAPES[family])
     head, prompts, samples, weights = texts(head)
 
@@ -67,14 +73,23 @@ def test_samples_behind_shared_prompts_are_each_alone(family, head, temperature,
         found, entropy = each_alone(bind(model.graph, params), head, prompts, samples, temperature)
         return jnp.sum(weights * found), (found, entropy)
 
-    (_, (found, entropy)), grads = jax.jit(jax.value_and_grad(shared, has_aux=True))(model.params)
     (_, (expected, expected_entropy)), wanted = jax.jit(jax.value_and_grad(alone, has_aux=True))(model.params)
+    monkeypatch.setattr(attention, "_PIECE", piece)
+    (_, (found, entropy)), grads = jax.jit(jax.value_and_grad(shared, has_aux=True))(model.params)
     real = np.asarray(weights != 0)
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=2e-5)
     np.testing.assert_allclose(np.asarray(entropy)[real], np.asarray(expected_entropy)[real], atol=2e-5)
     for name in wanted:
         np.testing.assert_allclose(grads[name], wanted[name], atol=1e-4, err_msg=name)
         assert np.abs(np.asarray(wanted[name])).max() > 1e-3, f"{name}: no gradient, the comparison would say nothing"
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 512, 513, 5000])
+def test_pieces_are_few_and_whole(tokens):
+    pieces = attention.pieces(tokens)
+    assert [i for piece in pieces for i in range(tokens)[piece]] == list(range(tokens))
+    assert len(pieces) <= 4
+    assert len(pieces) == 1 or pieces[0].stop >= 128
 
 
 def packed_rows():
@@ -87,8 +102,8 @@ def packed_rows():
     return next(iter(stream)), records
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_packed_batch_is_its_texts_one_by_one(family):
+@pytest.mark.parametrize(("family", "piece"), [("llama", 4), ("gemma2", 128), ("gemma2", 5)])
+def test_a_packed_batch_is_its_texts_one_by_one(monkeypatch, family, piece):
     model = tiny_model(SHAPES[family])
     batch, _ = packed_rows()
     assert int((batch.segments > 0).sum()) > 12, "more than one text a row"
@@ -107,8 +122,9 @@ def test_a_packed_batch_is_its_texts_one_by_one(family):
     def alone(params):
         return jnp.sum(jnp.where(trains > 0, plain(bind(model.graph, params), texts)[0], 0.0))
 
-    value, grads = jax.jit(jax.value_and_grad(together))(model.params)
     expected, wanted = jax.jit(jax.value_and_grad(alone))(model.params)
+    monkeypatch.setattr(attention, "_PIECE", piece)
+    value, grads = jax.jit(jax.value_and_grad(together))(model.params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for name in wanted:
         np.testing.assert_allclose(grads[name], wanted[name], atol=2e-4, err_msg=name)

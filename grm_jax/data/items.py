@@ -52,7 +52,7 @@ def load(settings: Items, seed: int) -> ItemSet:
     Ids that several files have get the file's name in front; a row without a source gets it as its source. Raises
     DataError as `read_examples` does, and ValueError: a file given twice, rows without scores, nothing left to train on.
     """
-    examples = _read(settings.files)
+    examples = _read(settings.files, settings.per_file, seed)
     made: dict[str, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for example in examples:
@@ -223,13 +223,13 @@ def _stem(file: str) -> str:
     return functools.reduce(str.removesuffix, (".gz", ".jsonl", ".json"), PurePosixPath(file).name)
 
 
-def _read(files: Sequence[str]) -> list[Example]:
-    """The examples of all files, with ids of their own and a source."""
+def _read(files: Sequence[str], per_file: int | None, seed: int) -> list[Example]:
+    """The examples of all files, at most `per_file` of each, with ids of their own and a source."""
     for file in files:
         if files.count(file) > 1:
             raise ValueError(f"items.files names {file} {files.count(file)} times: name each file once")
     names = Counter(map(_stem, files))
-    read = [(file, read_examples(file, skip_bad=False)[0]) for file in files]
+    read = [(file, limited(read_examples(file, skip_bad=False)[0], per_file, seed)) for file in files]
     occurring = Counter(example.id for _, examples in read for example in examples)
     found = []
     for file, examples in read:

@@ -3,6 +3,7 @@
 1. `Keys` are stored keys and values with their positions; their leading axes say who may see them (`Owner`).
 2. `visible` works out, from positions and segments alone, which keys of each part a query sees.
 3. `attend` computes each part's share of the softmax and adds the shares up, so no part is copied to stand by another.
+4. `pieces` says in which pieces of queries that is done, so that scores stay small and later keys are left out.
 
 Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head.
 """
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 NOWHERE = -1  # the position of a key that is not there
+_PIECE, _PIECES = 128, 4  # queries whose scores are computed at once, unless that made more pieces than this
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "positions"], meta_fields=[])
@@ -59,15 +61,23 @@ def visible(
     keys: Sequence[jax.Array],
     segments: jax.Array | None,
     window: int | None,
+    piece: slice,
 ) -> list[jax.Array | None]:
-    """What each part's mask is, None where every query sees all of it; the last part is the new tokens."""
+    """What each part's mask is for a piece of the queries, None where they see all of it; the last part is new tokens."""
     masks: list[jax.Array | None] = []
-    for owner, p in zip(owners, keys, strict=True):
+    positions = positions[:, piece]
+    for owner, p in zip(owners, (*keys[:-1], keys[-1][..., : piece.stop]), strict=True):
         queries = positions.reshape(p.shape[0], -1) if owner is Owner.ROW else positions
         masks.append(None if owner is Owner.ALL and window is None else _in_sight(queries, p, window))
     if segments is not None:
-        masks[-1] &= segments[:, :, None] == segments[:, None, :]
+        masks[-1] &= segments[:, piece, None] == segments[:, None, : piece.stop]
     return masks
+
+
+def pieces(tokens: int) -> list[slice]:
+    """New tokens in pieces whose scores fit a processor's cache; a piece needs no key behind its last token."""
+    size = max(_PIECE, -(-tokens // _PIECES))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 class Owner(enum.Enum):
@@ -109,13 +119,18 @@ def attend(
     parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array | None]],
     softcap: float | None,
 ) -> Float[Array, "B T K Q H"]:
-    """Attention over several parts with one softmax.
+    """Attention over several parts with one softmax. Scores are not kept for the backward pass, but computed again.
 
     parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S] where a
     part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all (padding)
     gets zeros.
     """
-    shares = [_attend_part(q, *part, softcap) for part in parts]
+    owners = [owner for owner, *_ in parts]
+    return jax.checkpoint(partial(_attend, owners, softcap))(q, [arrays for _, *arrays in parts])
+
+
+def _attend(owners: list[Owner], softcap: float | None, q: jax.Array, parts: list[list[jax.Array | None]]) -> jax.Array:
+    shares = [_attend_part(q, owner, *arrays, softcap) for owner, arrays in zip(owners, parts, strict=True)]
     top = shares[0][0]
     for part_top, _, _ in shares[1:]:
         top = jnp.maximum(top, part_top)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grm_jax.models.attention import Keys, Owner, attend, softcapped, visible
+from grm_jax.models.attention import Keys, Owner, attend, pieces, softcapped, visible
 from grm_jax.models.config import DecoderConfig, RopeScaling
 
 Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
@@ -224,7 +224,8 @@ class Decoder(nnx.Module):
         keys = [p.reshape(-1, 1, p.shape[-1]) for p in (*(part.positions for part in cache.parts), new_positions)]
         if cache.own is not None:
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
-        seen = {w: visible(positions, owners, keys, segments, w) for w in set(config.windows)}
+        spans = pieces(shape[1]) if cache.own is None else [slice(None)]
+        seen = {w: [visible(positions, owners, keys, segments, w, span) for span in spans] for w in set(config.windows)}
         ks, vs = [], []
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
 
@@ -235,9 +236,12 @@ class Decoder(nnx.Module):
                 else:
                     k, v = _write(cache.own.k[i], k, cache.clock), _write(cache.own.v[i], v, cache.clock)
                 pairs = [*((part.k[i], part.v[i]) for part in cache.parts), (k, v)]
-                parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, seen[window], strict=True)]
-                mixed = attend(q.reshape(*shape, *q.shape[1:]), parts, config.attention_softcap)
-                return block.add_mlp(block.add_attention(x, mixed.reshape(q.shape))), k, v
+                mixed = []
+                for piece, masks in zip(spans, seen[window], strict=True):
+                    pairs[-1] = (k, v) if cache.own else (k[:, :, : piece.stop], v[:, :, : piece.stop])
+                    parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, masks, strict=True)]
+                    mixed.append(attend(q.reshape(*shape, *q.shape[1:])[:, piece], parts, config.attention_softcap))
+                return block.add_mlp(block.add_attention(x, jnp.concatenate(mixed, axis=1).reshape(q.shape))), k, v
 
             x, k, v = (layer if remat is None else remat(layer))(x)
             ks.append(k)
