@@ -58,8 +58,8 @@ Value = TypeVar("Value")
 def claim(folder: str, recipe: object) -> None:
     """Make `folder` this recipe's: write `recipe.json` there, or compare it with the one that is there.
 
-    Fields in FREE may differ; the file then holds the new ones. Raises ValueError for another recipe, naming the
-    fields, and for a file that holds none.
+    Fields in FREE may differ, and the steps of a constant schedule; the file then holds the new ones. Raises ValueError
+    for another recipe, naming the fields, and for a file that holds none.
     """
     place, text = _path(folder) / "recipe.json", recipes.as_json(recipe)
     if place.exists():
@@ -68,7 +68,8 @@ def claim(folder: str, recipe: object) -> None:
             json.loads(saved)
         except ValueError as error:
             raise ValueError(f"{place} holds no recipe ({error}): give another output, or mend the file") from error
-        recipes.check_same(saved, recipe, FREE)
+        constant = getattr(getattr(recipe, "optimizer", None), "schedule", None) == "constant"
+        recipes.check_same(saved, recipe, (*FREE, "steps") if constant else FREE)
         if saved == text:
             return
     if jax.process_index() == 0:

@@ -333,9 +333,14 @@ def test_a_run_goes_on_with_its_recipe_alone(tmp_path):
     free = replace(recipe, output="elsewhere", devices=3, log_samples_every=1, profile=(3,), checkpoints=DAILY)
     claim(run, free)
     assert (tmp_path / "deep/run/recipe.json").read_text() == recipes.as_json(free)
-    with pytest.raises(ValueError, match=r"kl_coef was 0\.08, is 0\.1; steps was 100, is 200"):
-        claim(run, replace(recipe, steps=200, kl_coef=0.1))
+    with pytest.raises(ValueError, match=r"kl_coef was 0\.08, is 0\.1; seed was 0, is 5"):
+        claim(run, replace(recipe, seed=5, kl_coef=0.1))
     assert (tmp_path / "deep/run/recipe.json").read_text() == recipes.as_json(free)
+    claim(run, replace(recipe, steps=200))  # a constant schedule does not know how long it lasts
+    cosine = replace(recipe, optimizer=replace(recipe.optimizer, schedule="cosine"))
+    claim(str(tmp_path / "cosine"), cosine)
+    with pytest.raises(ValueError, match="steps was 100, is 200"):
+        claim(str(tmp_path / "cosine"), replace(cosine, steps=200))
     (tmp_path / "deep/run/recipe.json").write_text("{")
     with pytest.raises(ValueError, match="holds no recipe"):
         claim(run, recipe)

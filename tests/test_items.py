@@ -218,6 +218,19 @@ def test_files_become_items(tmp_path):
     assert {item.id for item in turned.train} == {item.id for item in held.train}
 
 
+def test_a_large_file_does_not_crowd_out_others(tmp_path):
+    rows = [{"id": f"r{i}", "prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(9)]
+    large, small = write(tmp_path / "large.jsonl", *rows), write(tmp_path / "small.jsonl", *rows[:2])
+    found = load(Items((large, small), per_file=3, held_out=1), 0)
+    ids = [item.id for item in (*found.train, *found.held_out)]
+    assert sum(item.source == "large" for item in (*found.train, *found.held_out)) == 3
+    assert len(ids) == 5
+    seeds = {tuple(i.id for i in load(Items((large,), per_file=3), seed).train) for seed in range(9)}
+    assert len(seeds) > 1
+    with pytest.raises(ValueError, match="per_file = 0"):
+        Items((large,), per_file=0)
+
+
 def test_files_of_one_name_in_two_folders(tmp_path):
     row = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     files = tuple(write(tmp_path / folder / "train.jsonl", row) for folder in ("a", "b"))
