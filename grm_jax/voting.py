@@ -4,10 +4,13 @@
 2. The response with the highest sum wins, the first of them at a tie; two sums tie when they are exactly equal.
 3. With the right answer known, a verdict is worth 1 or 0, and at a tie what a fair draw among the best is worth.
 
-Written for one example and mapped over many by `vote_batch`. A weight multiplies a judgment's scores: 1 and 0 keep and
-drop judgments (the meta RM's choice), which the paper's sums are; other weights are this module's extension.
+4. With a logit a judgment, the meta RM's, `guided` sums those with the highest logits alone (section 3.3: half of them),
+   and `softmax_weighted` all of them, each times its share of the logits' softmax (this module's own, not the paper's).
 
-Letters: E examples, K judgments, N responses (the most that an example of the batch has).
+Written for one example and mapped over many by the functions that end in `_batch`. A weight multiplies a judgment's
+scores.
+
+Letters: E examples, K judgments, N responses (the most that an example of the batch has); k' = 1..K, J judgments of K.
 """
 
 from dataclasses import dataclass
@@ -68,6 +71,78 @@ def vote_batch(
 ) -> Tally:
     """`vote` for many examples at once; every field of the Tally has E in front."""
     return jax.vmap(vote)(scores, valid, counts, weights)
+
+
+def guided(
+    scores: Num[Array, "K N"],
+    valid: Bool[Array, "K"],
+    count: Int[Array, ""] | int,
+    logits: Float[Array, "K"],
+    k_meta: int | None = None,
+) -> tuple[Tally, Bool[Array, "K J"]]:
+    """The vote of the k_meta judgments with the highest logits among the first k', for k' = 1..K; and which those are.
+
+    kept[k' - 1, j]: whether judgment j is in the sum after k' judgments. k_meta is at most k'; None is max(1, k' // 2).
+    Judgments that are not valid are never kept, so fewer than k_meta may be; of equal logits the earlier one goes first.
+    `Tally.valid` counts the judgments kept. Other arguments as in `vote`.
+    """
+    upto = jnp.arange(1, scores.shape[0] + 1)
+    most = jnp.maximum(upto // 2, 1) if k_meta is None else jnp.minimum(upto, k_meta)
+    earlier_JK = upto[:, None] < upto[None]
+    ahead_JK = (logits[:, None] > logits[None]) | ((logits[:, None] == logits[None]) & earlier_JK)
+    rank_KJ = jnp.cumsum((ahead_JK & valid[:, None]).astype(jnp.int32), axis=0)  # row k' - 1: among the first k'
+    kept_KJ = valid[None] & (upto[None] <= upto[:, None]) & (rank_KJ < most[:, None])
+    return _tally(kept_KJ, kept_KJ, scores, count), kept_KJ
+
+
+def softmax_weighted(
+    scores: Num[Array, "K N"], valid: Bool[Array, "K"], count: Int[Array, ""] | int, logits: Float[Array, "K"]
+) -> Tally:
+    """The sum over the valid ones of the first k' judgments, each times its share of exp(logit), for k' = 1..K.
+
+    A mean under the meta RM's softmax, so its sums are on the scale of one judgment's scores. Arguments as in `vote`.
+    """
+    upto = jnp.arange(scores.shape[0])
+    here_KJ = valid[None] & (upto[None] <= upto[:, None])
+    top_K1 = jnp.max(jnp.where(here_KJ, logits[None], -jnp.inf), axis=1, keepdims=True)
+    above_KJ = jnp.where(here_KJ, logits[None] - jnp.where(jnp.isfinite(top_K1), top_K1, 0.0), -jnp.inf)
+    share_KJ = jnp.exp(above_KJ)
+    share_KJ /= jnp.maximum(share_KJ.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return _tally(share_KJ, here_KJ, scores, count)
+
+
+@partial(jax.jit, static_argnames="k_meta")
+def guided_batch(
+    scores: Num[Array, "E K N"],
+    valid: Bool[Array, "E K"],
+    counts: Int[Array, "E"],
+    logits: Float[Array, "E K"],
+    k_meta: int | None = None,
+) -> tuple[Tally, Bool[Array, "E K J"]]:
+    """`guided` for many examples at once; everything has E in front."""
+    return jax.vmap(partial(guided, k_meta=k_meta))(scores, valid, counts, logits)
+
+
+@jax.jit
+def softmax_weighted_batch(
+    scores: Num[Array, "E K N"], valid: Bool[Array, "E K"], counts: Int[Array, "E"], logits: Float[Array, "E K"]
+) -> Tally:
+    """`softmax_weighted` for many examples at once; every field of the Tally has E in front."""
+    return jax.vmap(softmax_weighted)(scores, valid, counts, logits)
+
+
+def _tally(
+    weights_KJ: Num[Array, "K J"] | Bool[Array, "K J"],
+    kept_KJ: Bool[Array, "K J"],
+    scores: Num[Array, "J N"],
+    count: Int[Array, ""] | int,
+) -> Tally:
+    """Sums under another set of weights after each judgment; integer scores with weights of 0 and 1 stay exact."""
+    real_N = jnp.arange(scores.shape[1]) < count
+    shown_KJN = jnp.where(kept_KJ[:, :, None] & real_N[None, None], scores[None].astype(jnp.float32), 0.0)
+    sums_KN = jnp.sum(weights_KJ[:, :, None] * shown_KJN, axis=1)
+    tied_KN = _tied(sums_KN, real_N)
+    return Tally(sums_KN, jnp.argmax(tied_KN, axis=1), jnp.sum(tied_KN, axis=1) > 1, kept_KJ.sum(axis=1))
 
 
 def expected_accuracy(

@@ -64,6 +64,70 @@ def test_vote_takes_negative_and_fractional_scores(cases):
     check(cases, jnp.float32, weighted=False)
 
 
+def slow_guided(scores, valid, count, logits, k_meta):
+    """(sums, best, tie, kept) after each prefix: sort what is valid, keep the first ones, add up."""
+    rows = []
+    for k in range(1, len(valid) + 1):
+        most = max(1, k // 2) if k_meta is None else min(k, k_meta)
+        ranked = sorted((j for j in range(k) if valid[j]), key=lambda j: (-logits[j], j))[:most]
+        sums = [sum(scores[j][i] for j in ranked) for i in range(count)]
+        tied = [i for i in range(count) if sums[i] == max(sums)]
+        rows.append((sums, tied[0], len(tied) > 1, sorted(ranked)))
+    return rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            ballots(st.integers(1, 10)), st.lists(st.sampled_from([-2.5, 0.0, 0.5, 3.0]), min_size=K, max_size=K)
+        ),
+        min_size=E,
+        max_size=E,
+    ),
+    st.sampled_from([None, 1, 2, 4, K, 3 * K]),
+)
+def test_guided_vote_equals_slow_reference(cases, k_meta):
+    """Every k' <= K at once, with failed parses, equal logits and k = 1."""
+    (scores, valid, counts, *_), logits = zip(*(case for case, _ in cases), strict=True), [row for _, row in cases]
+    tally, kept = voting.guided_batch(
+        jnp.array(scores, jnp.int32), jnp.array(valid), jnp.array(counts), jnp.array(logits), k_meta
+    )
+    tally, kept = jax.tree.map(np.asarray, (tally, kept))
+    for e in range(E):
+        expected = slow_guided(scores[e], valid[e], counts[e], logits[e], k_meta)
+        for k, (sums, best, tie, ranked) in enumerate(expected):
+            assert tally.sums[e, k].tolist() == sums + [0] * (N - counts[e])
+            assert (int(tally.best[e, k]), bool(tally.tie[e, k])) == (best, tie)
+            assert np.flatnonzero(kept[e, k]).tolist() == ranked
+            assert tally.valid[e, k] == len(ranked)
+
+
+@settings(deadline=None, max_examples=30)
+@given(ballots(st.integers(1, 10)), st.lists(st.sampled_from([-200.0, -2.5, 0.0, 0.5, 90.0]), min_size=K, max_size=K))
+def test_softmax_weights_are_shares_of_what_is_valid(case, logits):
+    scores, valid, count, _, _ = case
+    tally = voting.softmax_weighted_batch(
+        *(jnp.array(x)[None] for x in (np.array(scores, np.int32), valid, count, np.array(logits, np.float32)))
+    )
+    for k in range(1, K + 1):
+        share = np.array([np.exp(np.float64(logits[j]) - 90) if valid[j] else 0.0 for j in range(k)])
+        share = share / share.sum() if share.any() else share
+        sums = share @ np.array(scores[:k], np.float64)
+        np.testing.assert_allclose(tally.sums[0, k - 1, :count], sums[:count], rtol=1e-5, atol=1e-6)
+        assert int(tally.valid[0, k - 1]) == sum(valid[:k])
+
+
+def test_guided_vote_by_hand():
+    """Three judgments say 9 : 1, 2 : 6, 3 : 5; the meta RM trusts the second most, then the third."""
+    given = jnp.array([[9, 1], [2, 6], [3, 5], [0, 0]]), jnp.array([True, True, True, False]), 2
+    tally, kept = voting.guided(*given, jnp.array([-1.0, 2.0, 0.5, 9.0]))
+    assert tally.sums.tolist() == [[9, 1], [2, 6], [2, 6], [5, 11]]  # k_meta = 1, 1, 1, 2
+    assert tally.best.tolist() == [0, 1, 1, 1]
+    assert kept[3].tolist() == [False, True, True, False]
+    assert voting.vote(*given).best.tolist() == [0, 0, 0, 0]  # 11 : 7 and 14 : 12 without a guide
+
+
 def test_vote_by_hand():
     tally = voting.vote(jnp.array([[8, 7, 99], [99, 99, 99], [5, 6, 99]]), jnp.array([True, False, True]), jnp.int32(2))
     assert tally.sums.tolist() == [[8, 7, 0], [8, 7, 0], [13, 13, 0]]
