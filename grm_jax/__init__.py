@@ -8,9 +8,10 @@ from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
 
 if TYPE_CHECKING:
     from grm_jax.grm import Grm
+    from grm_jax.meta_rm import MetaRm
 
 __version__ = "0.1.0"
-__all__ = ["Example", "Grm", "Judgment", "Message", "Usage", "Verdict", "load"]
+__all__ = ["Example", "Grm", "Judgment", "Message", "Usage", "Verdict", "load", "load_meta_rm"]
 
 
 def load(model: str = "smollm2-135m", **options: Any) -> Grm:
@@ -18,6 +19,13 @@ def load(model: str = "smollm2-135m", **options: Any) -> Grm:
     from grm_jax.grm import load as load_grm  # jax is imported when a model is, not for `--help`
 
     return load_grm(model, **options)
+
+
+def load_meta_rm(path: str, **options: Any) -> MetaRm:
+    """A meta RM from a folder, for `grm.score(..., guide=meta_rm.logits)`; see `grm_jax.meta_rm.load`."""
+    from grm_jax.meta_rm import load as load_guide
+
+    return load_guide(path, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,10 +40,12 @@ class JudgeSettings:
     """a template's name or file; by default the one for the number of responses"""
     slots: int = 32
     """samples decoded at once"""
+    k_meta: int | None = None
+    """judgments that a meta RM keeps; by default half of them, and at least one"""
 
     def __post_init__(self) -> None:
-        for name in ("votes", "max_new_tokens", "slots"):
-            if getattr(self, name) < 1:
+        for name in ("votes", "max_new_tokens", "slots", "k_meta"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if not 0 <= self.seed < 2**32:
@@ -73,6 +75,8 @@ class ScoreConfig(JudgeSettings):
     """where verdicts go, "-" for standard output; a run that was interrupted goes on there"""
     model: str = "smollm2-135m"
     """an embedded model's name, a Hugging Face folder or a .gguf file"""
+    meta_rm: str | None = None
+    """a folder of the command `meta_rm`, or a Hugging Face classifier of one label, that guides the vote"""
     dtype: Dtype | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     devices: int | None = None
@@ -88,6 +92,8 @@ class ScoreConfig(JudgeSettings):
         super().__post_init__()
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices = {self.devices}: it has to be at least 1")
+        if self.k_meta is not None and not self.meta_rm:
+            raise ValueError(f"k_meta = {self.k_meta} without a meta RM, which chooses them: give --meta-rm DIR too")
         same = os.path.realpath(self.input) == os.path.realpath(self.output)
         if same and self.input != "-":
             raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")

@@ -39,7 +39,8 @@ class Judgment:
     `scores` are in the example's own order of responses, None when the text holds no valid box; `reason` then says why.
     `order[i]` is the index of the response shown in position i. `forced`: the model wrote no valid box by itself, and
     the scores were sampled under the automaton's mask. `tokens` counts sampled and forced tokens; `log_prob` sums the
-    log-probability of the sampled ones, under the distribution that they were drawn from.
+    log-probability of the sampled ones, under the distribution that they were drawn from. Where a meta RM guided the vote,
+    `logit` is what it gave the judgment, and `kept` whether the judgment is in the verdict's sums.
     """
 
     text: str
@@ -49,6 +50,8 @@ class Judgment:
     forced: bool
     tokens: int
     log_prob: float
+    logit: float | None = None
+    kept: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class Usage:
 class Verdict:
     """The vote over k judgments of an example (Eq. 14).
 
-    `scores[i]` sums response i's score over the valid judgments; `best` is the index of the highest sum (the first of
-    them when `tie`). `votes` is k, `valid` how many judgments had scores: when it is 0 the verdict is a tie of all.
+    `scores[i]` sums response i's score over the valid judgments, and with a meta RM over those that it kept; `best` is
+    the index of the highest sum (the first of them when `tie`). `votes` is k, `valid` how many judgments had scores: when
+    it is 0 the verdict is a tie of all.
     """
 
     id: str

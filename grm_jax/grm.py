@@ -5,7 +5,8 @@ What `judge` does:
 2. the prompts are cut to fit, rendered and tokenised; those of one template share its head, prefilled once;
 3. the sampler draws the samples, forcing scores where a text holds none and the caller wants them;
 4. each text is parsed, and its scores go back to the example's own order;
-5. when an example's last sample is in, they are voted (Eq. 14) into its verdict.
+5. when an example's last sample is in, a meta RM gives each a logit, where there is one;
+6. they are voted (Eq. 14) into its verdict, guided by the logits.
 
 Where it departs from the paper (section 5, each sample shuffled by itself): the n! orders are dealt out in turn from a
 shuffled deck, so each sample's order is still uniform, and no order comes up again before all n! have.
@@ -36,6 +37,8 @@ from grm_jax.sharding import make_mesh, parameter_sharding
 from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
+
+Guide = Callable[[Example, Sequence[Judgment]], Sequence[float]]  # a logit a judgment: `MetaRm.logits`
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
 _WINDOW = 256  # examples taken together where a file needs several templates
@@ -87,25 +90,29 @@ class Grm:
     demos: bool = False  # its templates carry worked demonstrations: it was not tuned to judge
 
     def score(
-        self, examples: Sequence[Example], votes: int = 8, seed: int = 0, **settings: float | str | bool | None
-    ) -> list[Verdict]:
+        self, examples: Sequence[Example], votes: int = 8, seed: int = 0, guide: Guide | None = None,
+        **settings: float | str | bool | None,
+    ) -> list[Verdict]:  # fmt: skip
         """A verdict for each example, in their order; `settings` are further fields of `JudgeSettings`.
 
-        Raises ValueError for ids that occur twice, settings out of range, or a prompt that cannot be cut to fit.
+        guide: `logits` of a meta RM, which then chooses the judgments that are summed. Raises ValueError for ids that
+        occur twice, settings out of range, or a prompt that cannot be cut to fit.
         """
-        verdicts = {v.id: v for v in self.judge(examples, JudgeSettings(votes=votes, seed=seed, **settings))}
+        asked = JudgeSettings(votes=votes, seed=seed, **settings)
+        verdicts = {v.id: v for v in self.judge(examples, asked, guide=guide)}
         return [verdicts[example.id] for example in examples]
 
     def judge(
         self, examples: Sequence[Example], settings: JudgeSettings,
         template_of: Callable[[Example], prompts.Template] | None = None,
         hint_of: Callable[[Example], prompts.Hint] | None = None,
+        guide: Guide | None = None,
     ) -> Iterator[Verdict]:  # fmt: skip
         """Verdicts as they come to be, in no order. The samples keep one batch full across examples.
 
         template_of: what shows an example; by default `template` of its number of responses. hint_of: the truth that is
-        told at the end of an example's prompt (hinted sampling, section 3.1). Raises ValueError: ids that occur twice,
-        a hint or example that the template has no place for, a prompt that cannot be cut to fit.
+        told at the end of an example's prompt (hinted sampling, section 3.1). guide: as in `score`. Raises ValueError: ids
+        that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit.
         """
         seen: set[str] = set()
         for example in examples:
@@ -123,7 +130,9 @@ class Grm:
             for example in examples[start : start + window]:
                 by_template.setdefault(template_of(example), []).append(example)
             for template, group in by_template.items():
-                yield from _judge_with(self, template, group, settings, hint_of)
+                for example, judgments, usage in _judge_with(self, template, group, settings, hint_of):
+                    logits = guide(example, judgments) if guide else None
+                    yield verdict(example, judgments, usage, logits, settings.k_meta)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
         """The template that shows n responses."""
@@ -227,8 +236,8 @@ def _prepare(
 def _judge_with(
     grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
     hint_of: Callable[[Example], prompts.Hint] | None,
-) -> Iterator[Verdict]:  # fmt: skip
-    """Judge examples that share a template."""
+) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
+    """Judge examples that share a template: each with its judgments, when all of them are in."""
     tokenizer = grm.need_tokenizer()
     forcing = None
     if settings.force_scores:
@@ -260,7 +269,7 @@ def _judge_with(
         if len(task.done) == settings.votes:
             for request in task.requests:
                 del task_of[id(request)]
-            yield verdict(task.example, [task.done[j] for j in range(settings.votes)], _usage(task))
+            yield task.example, [task.done[j] for j in range(settings.votes)], _usage(task)
 
 
 def _plan(examples: list[Example], settings: JudgeSettings) -> Plan:
@@ -306,20 +315,34 @@ def _usage(task: _Task) -> Usage:
     )
 
 
-def verdict(example: Example, judgments: Sequence[Judgment], usage: Usage) -> Verdict:
-    """The vote over an example's judgments (Eq. 14): a failed parse is left out, and when all fail it is a tie of all."""
+def verdict(
+    example: Example, judgments: Sequence[Judgment], usage: Usage, logits: Sequence[float] | None = None,
+    k_meta: int | None = None,
+) -> Verdict:  # fmt: skip
+    """The vote over an example's judgments (Eq. 14): a failed parse is left out, and when all fail it is a tie of all.
+
+    logits: a meta RM's, one a judgment; the k_meta judgments with the highest ones are then summed alone.
+    """
     n = len(example.responses)
     table = np.array([judgment.scores or (0,) * n for judgment in judgments], np.int32)
     valid = np.array([judgment.scores is not None for judgment in judgments])
-    tally = voting.vote_batch(table[None], valid[None], np.array([n], np.int32))
-    sums, best, tie, kept = jax.device_get((tally.sums, tally.best, tally.tie, tally.valid))
+    given = table[None], valid[None], np.array([n], np.int32)
+    if logits is None:
+        tally = voting.vote_batch(*given)
+    else:
+        tally, chosen = voting.guided_batch(*given, np.array([logits], np.float32), k_meta)
+        judgments = [
+            dataclasses.replace(judgment, logit=float(logit), kept=bool(kept))
+            for judgment, logit, kept in zip(judgments, logits, np.asarray(chosen)[0, -1], strict=True)
+        ]
+    sums, best, tie = jax.device_get((tally.sums, tally.best, tally.tie))
     return Verdict(
         id=example.id,
         scores=tuple(float(s) for s in sums[0, -1, :n]),
         best=int(best[0, -1]),
         tie=bool(tie[0, -1]),
         votes=len(judgments),
-        valid=int(kept[0, -1]),
+        valid=int(valid.sum()),
         judgments=tuple(judgments),
         usage=usage,
     )
@@ -342,6 +365,16 @@ def load(
         found = load(base, dtype, devices)
         merged = dataclasses.replace(found.model, params=merge_into(found.model.params, adapters, lora))
         return Grm(merged, found.tokenizer, str(model))
+    found, tokenizer = load_decoder(model, dtype, devices)
+    if found.config.scalar:
+        raise ValueError(f"{model} has a scalar head and writes nothing: it guides a judge, as --meta-rm {model}")
+    return Grm(found, tokenizer, str(model), demos=model in EMBEDDED)
+
+
+def load_decoder(
+    model: str, dtype: Dtype | None, devices: int | None
+) -> tuple[Model, tokenizers.Tokenizer | None]:  # fmt: skip
+    """A decoder by an embedded model's name, a Hugging Face folder or a .gguf file, and its tokenizer where it has one."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
@@ -352,8 +385,7 @@ def load(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
         for name, (shape, axes) in shapes.items()
     }
-    params = load_params(path, targets)
-    return Grm(Model(config, graph, params, mesh), _tokenizer(path), str(model), demos=model in EMBEDDED)
+    return Model(config, graph, load_params(path, targets), mesh), _tokenizer(path)
 
 
 def _tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:

@@ -153,8 +153,8 @@ def _environment() -> jinja2.Environment:
     return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def load_template(name_or_path: str) -> Template:
-    """A template of the package by its name, or one from a local file.
+def load_template(name_or_path: str, boxed: bool = True) -> Template:
+    """A template of the package by its name, or one from a local file; not `boxed`: it asks for no scores (a meta RM's).
 
     Raises ValueError: an unknown name (lists the known ones); a file without header, turns, needed markers or needed
     variables, or with broken Jinja2 (file, line and rule).
@@ -172,7 +172,7 @@ def load_template(name_or_path: str) -> Template:
     if header is None or int(header[2]) >= int(header[3]):
         raise _broken(path, 1, f"begins with {source[:40]!r}; a template begins with a line {{# scores: 1..10 #}}")
     turns = _split_turns(path, source, header.end())
-    variables = _check_turns(path, turns)
+    variables = _check_turns(path, turns, boxed)
     sha256 = hashlib.sha256(source_bytes).hexdigest()
     return Template(header[1] or path.stem, int(header[2]), int(header[3]), tuple(turns.values()), variables, sha256)
 
@@ -208,7 +208,7 @@ def _split_turns(path: Path, source: str, start: int) -> dict[int, Message]:
     return turns
 
 
-def _check_turns(path: Path, turns: dict[int, Message]) -> frozenset[str]:
+def _check_turns(path: Path, turns: dict[int, Message], boxed: bool) -> frozenset[str]:
     """The variables that the turns use. Raises ValueError for broken Jinja2 and missing or unknown parts."""
     import jinja2
     from jinja2 import meta, nodes
@@ -229,7 +229,7 @@ def _check_turns(path: Path, turns: dict[int, Message]) -> frozenset[str]:
     for marker in MARKERS:
         if marker not in turn.content:
             raise _broken(path, line, f"the last turn lacks {marker!r}; judges are tuned to read it: add it")
-    if not any(r"\boxed{" in turn.content for turn in turns.values()):
+    if boxed and not any(r"\boxed{" in turn.content for turn in turns.values()):
         raise _broken(path, line, r"no turn asks for '\boxed{'; scores are read from that box: describe it")
     for either in (("conversation", "messages"), ("responses", "response")):
         if not used.intersection(either):

@@ -37,7 +37,9 @@ def run(config: ScoreConfig) -> None:
     if bad:
         logger.warning("%d bad rows left out, the first: %s", len(bad), bad[0])
     examples = _that_fit_templates(examples, config)
-    _check_model(config.model)
+    for model in (config.model, config.meta_rm):
+        if model:
+            _check_model(model)
     with open_writer(config.output, examples, _settings(config), config.overwrite) as writer:
         waiting = [example for example in examples if example.id not in writer.finished]
         if writer.finished:
@@ -50,8 +52,13 @@ def run(config: ScoreConfig) -> None:
         grm = load(config.model, config.dtype, config.devices)
         logger.info("loaded %s in %.1f s; %d examples to judge", config.model, time.monotonic() - started, len(waiting))
         started, verdicts = time.monotonic(), []
+        guide = None
+        if config.meta_rm:
+            from grm_jax import meta_rm
+
+            guide = meta_rm.load(config.meta_rm, config.dtype, config.devices).logits
         with _progress(len(waiting)) as progress:
-            for verdict in grm.judge(waiting, judge_settings(config)):
+            for verdict in grm.judge(waiting, judge_settings(config), guide=guide):
                 writer.write(verdict)
                 progress.add(verdict)
                 verdicts.append(verdict if config.show else dataclasses.replace(verdict, judgments=()))
@@ -99,6 +106,8 @@ def _settings(config: ScoreConfig) -> dict[str, object]:
     """What a verdict depends on: a run that goes on must agree in all of it. Batch size and devices are not in it."""
     settings = dataclasses.asdict(judge_settings(config)) | {"model": config.model, "dtype": config.dtype}
     del settings["slots"]
+    if config.meta_rm:
+        settings["meta_rm"] = config.meta_rm
     if config.template:
         settings["template"] = f"{config.template} sha256 {prompts.load_template(config.template).sha256}"
     return settings
@@ -175,9 +184,11 @@ def _report(verdicts: Sequence[Verdict], seconds: float, counts: _Counts) -> Non
 def best_supported(verdict: Verdict) -> Judgment | None:
     """The judgment that agrees most with the vote: its scores are nearest to the mean ones; None if none has scores.
 
+    With a meta RM, one of those that it kept.
+
     Among equally near ones, one whose scores the model wrote unforced, then the likeliest.
     """
-    scored = [judgment for judgment in verdict.judgments if judgment.scores is not None]
+    scored = [judgment for judgment in verdict.judgments if judgment.scores is not None and judgment.kept is not False]
     if not scored:
         return None
     means = [total / len(scored) for total in verdict.scores]
@@ -197,6 +208,14 @@ def show(examples: Sequence[Example], verdicts: Sequence[Verdict], console: Cons
             _show_one(example, by_id[example.id], console)
 
 
+def _shown_score(judgment: Judgment, i: int) -> str:
+    """Response i's score: starred if forced, in brackets if the meta RM left it out."""
+    if judgment.scores is None:
+        return "-"
+    text = f"{judgment.scores[i]}{'*' if judgment.forced else ''}"
+    return f"({text})" if judgment.kept is False else text
+
+
 def _show_one(example: Example, verdict: Verdict, console: Console) -> None:
     judgment = best_supported(verdict)
     query = example.messages[-1].content
@@ -208,10 +227,7 @@ def _show_one(example: Example, verdict: Verdict, console: Console) -> None:
     console.print(Panel(escape(text), title=escape(f"{example.id}: {query[:80]}"), title_align="left"))
     table = Table(Column("response", no_wrap=True, overflow="ellipsis", max_width=32), "votes", "sum", "")
     for i, response in enumerate(example.responses):
-        votes = " ".join(
-            "-" if judgment.scores is None else f"{judgment.scores[i]}{'*' if judgment.forced else ''}"
-            for judgment in verdict.judgments
-        )
+        votes = " ".join(_shown_score(judgment, i) for judgment in verdict.judgments)
         best = ("tie" if verdict.tie else "best") if verdict.scores[i] == max(verdict.scores) else ""
         best = "" if len(example.responses) == 1 else best
         table.add_row(escape(f"{i + 1}: {' '.join(response.split())}"), votes, f"{verdict.scores[i]:g}", best)

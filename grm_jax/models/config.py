@@ -41,6 +41,7 @@ class DecoderConfig:
     qk_norm: bool = False  # Qwen3
     post_norms: bool = False  # Gemma-2: norms after attention and MLP too
     rope_scaling: RopeScaling | None = None
+    scalar: bool = False  # one number a token, from `score`, in the place of the output head: a meta RM
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -192,7 +192,9 @@ class Decoder(nnx.Module):
         self.embed = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = _vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
-        if not config.tied:
+        if config.scalar:
+            self.score = _vector(0.0, (1, config.dim), (None, "embed"))
+        elif not config.tied:
             self.head = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
 
     def __call__(
@@ -251,6 +253,11 @@ class Decoder(nnx.Module):
         if cache.own is None:
             return hidden, dataclasses.replace(cache, parts=(*cache.parts, new))
         return hidden, dataclasses.replace(cache, own=new, clock=cache.clock + 1)
+
+    def scalars(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        """The scalar head's number for each hidden state, float32; for a config with `scalar`."""
+        score_D = self.score[...][0].astype(jnp.float32)
+        return jnp.einsum("...D,D->...", hidden, score_D)
 
     @property
     def head_matrix(self) -> Float[Array, "V D"]:

@@ -42,6 +42,29 @@ def of_samples(
     head: what all prompts begin with; prompts [P, S]: the rest of each, `lengths` tokens, padded behind. Rows p * G to
     p * G + G - 1 are samples of prompt p; tokens past `counts` are padding, and their numbers mean nothing.
     """
+    hidden = _behind_prompts(model, head, prompts, lengths, samples, counts, remat)
+    return _through_head(model, hidden, samples, temperature)
+
+
+def scalars_of(
+    model: Decoder,
+    head: Int[Array, "H0"],
+    prompts: Int[Array, "P S"],
+    lengths: Int[Array, "P"],
+    samples: Int[Array, "R T"],
+    counts: Int[Array, "R"],
+    remat: Remat | None = None,
+) -> Float[Array, "R"]:
+    """What a scalar head says of each sample behind its prompt, read at the sample's last token; as `of_samples`."""
+    longer = jnp.pad(samples, ((0, 0), (0, 1)))
+    hidden = _behind_prompts(model, head, prompts, lengths, longer, counts + 1, remat)
+    return model.scalars(jnp.take_along_axis(hidden, counts[:, None, None], axis=1)[:, 0])
+
+
+def _behind_prompts(
+    model: Decoder, head: Array, prompts: Array, lengths: Array, samples: Array, counts: Array, remat: Remat | None
+) -> Float[Array, "R T D"]:
+    """Hidden states that each sampled token is drawn from: of the token before it."""
     group, parts = samples.shape[0] // prompts.shape[0], ()
     if head.shape[0]:
         _, cache = model(head[None], jnp.arange(head.shape[0])[None], remat=remat)
@@ -55,8 +78,7 @@ def of_samples(
     inputs = jnp.concatenate([fed, samples[:, :-1]], axis=1)
     step = jnp.arange(samples.shape[1])[None]
     positions = jnp.where(step < counts[:, None], head.shape[0] + jnp.repeat(last, group, axis=0) + step, NOWHERE)
-    hidden, _ = model(inputs, positions, cache, remat=remat)
-    return _through_head(model, hidden, samples, temperature)
+    return model(inputs, positions, cache, remat=remat)[0]
 
 
 def of_packed(

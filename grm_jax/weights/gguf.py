@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType
 from gguf.gguf_reader import ReaderTensor
 
 from grm_jax.gguf_file import open_gguf
-from grm_jax.models import families
+from grm_jax.models import gguf_families
 from grm_jax.models.config import DecoderConfig
 from grm_jax.weights import names
 from grm_jax.weights.placement import local_file, place
@@ -67,7 +67,7 @@ def _config(reader: gguf.GGUFReader, source: str) -> DecoderConfig:
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{source} has no tensor token_embd.weight; give the GGUF file of a whole language model")
     factors = tensors.get(_ROPE_FACTORS)
-    return families.from_gguf(
+    return gguf_families.from_gguf(
         fields,
         vocab_size=_shape(tensors["token_embd.weight"])[0],
         tied=_OUTPUT not in tensors,

@@ -57,11 +57,11 @@ class Table:
 
 
 def hugging_face(config: DecoderConfig) -> Table:
-    """The tensors of a `...ForCausalLM` checkpoint as transformers writes it."""
+    """The tensors of a `...ForCausalLM` or `...ForSequenceClassification` checkpoint as transformers writes it."""
     slots = {row.hf: Slot(row.parameter, row.shape) for row in _rows(config)}
     # Older transformers saved the rotary frequencies, which are functions of the config.
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
-    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied and not config.scalar else {}
     return Table(slots, copies, frozenset(buffers | {"model.rotary_emb.inv_freq"}))
 
 
@@ -90,7 +90,9 @@ class _Row:
 def _rows(c: DecoderConfig) -> Iterator[_Row]:
     yield _Row("embed", "model.embed_tokens.weight", "token_embd.weight", (c.vocab_size, c.dim))
     yield _Row("norm", "model.norm.weight", "output_norm.weight", (c.dim,), norm=True)
-    if not c.tied:
+    if c.scalar:
+        yield _Row("score", "score.weight", "", (1, c.dim))
+    elif not c.tied:
         yield _Row("head", "lm_head.weight", "output.weight", (c.vocab_size, c.dim))
     for i in range(c.layers):
         for row in _block_rows(c):

@@ -107,6 +107,8 @@ def _describe(
         ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": _eos(tokenizer)}
         return families.to_hf(config) | ids | {"torch_dtype": dtype.name}
     described = json.loads((origin / _CONFIG).read_text())
+    if config.scalar and not families.from_hf(described).scalar:
+        described = families.with_scalar(described)
     if families.from_hf(described) != config:
         raise ValueError(
             f"{origin / _CONFIG} describes another model than the one to save: give the folder that it was loaded from"

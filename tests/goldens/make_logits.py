@@ -8,7 +8,8 @@ three minutes, nearly all of it for --gguf. It writes
 1. OUT/<family>/{config.json, model.safetensors, expected.npz}: a tiny random model of each family whose every number
    matters (norms and biases random, windows shorter than the text, soft-caps that bite, rotary scaling that kinks
    within the head), and its float32 logits for three rows without padding, left-padded and right-padded;
-2. OUT/smollm2/expected.npz (with --gguf): the float32 logits of the dequantised SmolLM2-135M over 512 tokens of real
+2. OUT/gemma2_classifier: the same for a classifier of one label, whose only logit a row is that of its last token;
+3. OUT/smollm2/expected.npz (with --gguf): the float32 logits of the dequantised SmolLM2-135M over 512 tokens of real
    text, in summary, and its greedy continuations of eight prompts.
 
 Logits at padding are stored as zeros. A greedy continuation is kept only if its closest call between two tokens is
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 SEED = 20261122
 ROWS, LENGTH = (20, 13, 5), 20  # tokens of each row, and the padded length
@@ -88,6 +89,7 @@ FAMILIES = {
         "dtype": "bfloat16",
     },
 }
+CLASSIFIER = "gemma2_classifier"  # Gemma-2 with one label
 SHARDED = "qwen2"  # written in several files with an index
 
 
@@ -123,15 +125,20 @@ def logits(model: PreTrainedModel, tokens: np.ndarray, real: np.ndarray) -> np.n
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         out = model(torch.from_numpy(tokens.astype(np.int64)), attention_mask=mask, position_ids=positions).logits
+    if out.ndim == 2:  # a classifier's
+        return out.float().numpy()
     return np.where(real[..., None], out.float().numpy(), 0.0).astype(np.float32)
 
 
 def make_family(name: str, folder: Path) -> None:
-    numbers = dict(FAMILIES[name])
+    kind, loader = name, AutoModelForCausalLM
+    if name == CLASSIFIER:
+        kind, loader = "gemma2", AutoModelForSequenceClassification
+    numbers = dict(FAMILIES[kind]) | ({"num_labels": 1} if name == CLASSIFIER else {})
     dtype = getattr(torch, numbers.pop("dtype"))
     generator = torch.Generator().manual_seed(SEED)
-    config = AutoConfig.for_model(name, **numbers)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    config = AutoConfig.for_model(kind, **numbers)
+    model = loader.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     randomise(model, generator)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
@@ -139,7 +146,7 @@ def make_family(name: str, folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone
     # What the file holds, computed with in float32.
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    model = loader.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     rng = np.random.default_rng(SEED)
     expected = {}
     for side in ("none", "left", "right"):
@@ -282,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--only", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--only", nargs="*", default=[*FAMILIES, CLASSIFIER])
     args = parser.parse_args()
     for name in args.only:
         make_family(name, args.out / name)
