@@ -56,11 +56,20 @@ def rl(args: Sequence[str]) -> None:
     run(recipe)
 
 
+def meta_rm(args: Sequence[str]) -> None:
+    """train the meta RM that guides a vote, on sampled judgments"""
+    recipe = recipes.load(recipes.MetaConfig, args, "grm_jax.main meta_rm")
+    from grm_jax.spct.meta import run
+
+    run(recipe)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "sample": sample,
     "rft": rft,
     "rl": rl,
+    "meta_rm": meta_rm,
     "bench": bench,
 }
 

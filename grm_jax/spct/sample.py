@@ -29,20 +29,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grm_jax import prompts
+from grm_jax import meta_rm, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
 from grm_jax.data.jsonl import DataError, open_writer
 from grm_jax.datatypes import Example, Message, Verdict
-from grm_jax.grm import Grm, load
+from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
+from grm_jax.meta_rm import MetaRm
 from grm_jax.recipes import SampleConfig
 from grm_jax.rewards import is_correct, is_tie
 from grm_jax.spct.measure import longest_of
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 
 _LOG_SECONDS = 10.0  # between two lines of progress
-_OPTIONAL = ("reference", "strength", "reason", "ended")  # keys that a row lacks where there is nothing to say
+_OPTIONAL = ("reference", "strength", "reason", "ended", "logit")  # keys that a row lacks where there is nothing to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sample:
     `responses`, `labels` and `scores` are in the item's own order; `order[i]` is the index of the response shown in slot
     i. `scores` is None, with a `reason`, where the text holds no valid box. `template` is the name or file that showed
     the item, `sample` the judgment's number among the item's, `tokens` the length of the text without its end id, and
-    `ended` whether an end id came within the budget (None: not known).
+    `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Sample:
     tokens: int
     ended: bool | None
     template: str
+    logit: float | None = None
 
     @property
     def example(self) -> Example:
@@ -112,10 +114,13 @@ def run(config: SampleConfig) -> None:
         return labelled.template_of(item, found.scales, config.template)
 
     _check_places(found.train, name_of, config.hinted)
-    _check_model(config.model)
+    for model in (config.model, config.meta_rm):
+        if model:
+            _check_model(model)
     tallies = sample_part(
         config, found.train, name_of, jax.process_index(), jax.process_count(),
         functools.partial(load, config.model, config.dtype, config.devices),
+        functools.partial(meta_rm.load, config.meta_rm, config.dtype, config.devices) if config.meta_rm else None,
     )  # fmt: skip
     if tallies:  # a process may have no items at all
         show(tallies, Console(file=sys.stderr))
@@ -123,11 +128,12 @@ def run(config: SampleConfig) -> None:
 
 def sample_part(
     config: SampleConfig, items: Sequence[Example], name_of: Callable[[Example], str], index: int, count: int,
-    open_judge: Callable[[], Grm],
+    open_judge: Callable[[], Grm], open_guide: Callable[[], MetaRm] | None = None,
 ) -> dict[str, Counter[str]]:  # fmt: skip
     """Write the samples of items[index::count], and return what `tally` counts of them by source.
 
-    `open_judge` loads the model; it is not called when nothing is left to do. Raises DataError as `open_writer` does.
+    `open_judge` loads the model, `open_guide` a meta RM; neither is called when nothing is left to do. Raises DataError
+    as `open_writer` does.
     """
     mine = items[index::count]
     path = config.output if count == 1 else part_of(config.output, index, count)
@@ -141,9 +147,12 @@ def sample_part(
                 _add(tallies, samples)
         if not waiting:
             return tallies
+        guide = open_guide().logits if open_guide else None
         grm, started, tokens, said = open_judge(), time.monotonic(), 0, time.monotonic()
         logger.info("%d items to judge %d times each", len(waiting), config.votes)
-        for done, (verdict, samples) in enumerate(sample_items(grm, waiting, name_of, settings, config.hinted), 1):
+        for done, (verdict, samples) in enumerate(
+            sample_items(grm, waiting, name_of, settings, config.hinted, guide), 1
+        ):
             writer.write(verdict, [row_of(sample) for sample in samples])
             _add(tallies, samples)
             tokens += sum(sample.tokens for sample in samples)
@@ -154,8 +163,9 @@ def sample_part(
 
 
 def sample_items(
-    grm: Grm, items: Sequence[Example], name_of: Callable[[Example], str], settings: JudgeSettings, hinted: bool
-) -> Iterator[tuple[Verdict, list[Sample]]]:
+    grm: Grm, items: Sequence[Example], name_of: Callable[[Example], str], settings: JudgeSettings, hinted: bool,
+    guide: Guide | None = None,
+) -> Iterator[tuple[Verdict, list[Sample]]]:  # fmt: skip
     """Each item's verdict and samples, as they come to be; `name_of` gives an item's template.
 
     `settings.force_scores` has to be off: a forced score is not the judge's own. Raises ValueError as `Grm.judge` does.
@@ -165,7 +175,7 @@ def sample_items(
     template = functools.cache(prompts.load_template)
     by_id = {item.id: item for item in items}
     hint_of = labelled.hint_of if hinted else None
-    for verdict in grm.judge(items, settings, lambda item: template(name_of(item)), hint_of):
+    for verdict in grm.judge(items, settings, lambda item: template(name_of(item)), hint_of, guide):
         item = by_id[verdict.id]
         yield verdict, _samples(item, verdict, name_of(item), settings.max_new_tokens, hinted)
 
@@ -190,6 +200,7 @@ def _samples(item: Example, verdict: Verdict, template: str, budget: int, hinted
             tokens=judgment.tokens,
             ended=judgment.tokens < budget,  # an end id is not counted, and without one the budget is used up
             template=template,
+            logit=judgment.logit,
         )
         for j, judgment in enumerate(verdict.judgments)
     ]
@@ -211,6 +222,8 @@ def _record(config: SampleConfig, items: Iterable[Example], name_of: Callable[[E
     """What a sample depends on beside its item: a run that goes on must agree in all of it."""
     settings = dataclasses.asdict(judge_settings(config)) | {"model": config.model, "dtype": config.dtype}
     del settings["slots"]
+    if config.meta_rm:
+        settings["meta_rm"] = config.meta_rm
     shas = {name: prompts.load_template(name).sha256 for name in sorted(set(map(name_of, items)))}
     return settings | {"hinted": config.hinted, "template": shas}
 

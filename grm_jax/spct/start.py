@@ -54,7 +54,7 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
     stored = compute if recipe.lora.rank else jnp.dtype(jnp.float32)
     if recipe.model == FRESH:
-        found = _fresh(recipe.fresh, recipe.seed, recipe.devices, stored)
+        found = fresh(recipe.fresh, recipe.seed, recipe.devices, stored)
     else:
         found = judges.load(recipe.model, str(stored), recipe.devices)
     tokenizer, model = found.need_tokenizer(), found.model
@@ -73,7 +73,7 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
     return Start(policy, model.params, frozen, tokenizer, recipe.model)
 
 
-def _fresh(numbers: Fresh, seed: int, devices: int | None, dtype: jnp.dtype) -> Grm:
+def fresh(numbers: Fresh, seed: int, devices: int | None, dtype: jnp.dtype) -> Grm:
     """A random decoder over bytes."""
     tokenizer = ByteTokenizer()
     config = DecoderConfig(

@@ -1,0 +1,86 @@
+"""One step of the meta RM's training as one compiled program: logits of judgments, binary cross-entropy, update.
+
+The loss is a weighted mean over the whole batch; its weights are made on the host, so any size of microbatch gives the
+same gradient.
+
+Shapes: R judgments, S prompt tokens, T tokens of a judgment, M microbatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from grm_jax import losses
+from grm_jax.models.decoder import Params, bind
+from grm_jax.recipes import MetaConfig
+from grm_jax.sharding import batch_sharding
+from grm_jax.train.forward import REMATS, scalars_of
+from grm_jax.train.policy import Policy, State, compiled, moved, split
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Judgments behind their prompts, whether each is right, and what each weighs; host or device arrays.
+
+    Weights sum to 1; a row of weight 0 is padding.
+    """
+
+    prompts: Int[np.ndarray | jax.Array, "R S"]
+    lengths: Int[np.ndarray | jax.Array, "R"]
+    texts: Int[np.ndarray | jax.Array, "R T"]
+    counts: Int[np.ndarray | jax.Array, "R"]
+    correct: Float[np.ndarray | jax.Array, "R"]
+    weights: Float[np.ndarray | jax.Array, "R"]
+
+
+Step = Callable[[State, Judged], tuple[State, dict[str, Float[Array, ""]]]]
+
+
+def logits_of(policy: Policy, params: Params, rows: Judged, remat: str = "none") -> Float[Array, "R"]:
+    """The scalar head's logit of each judgment, under the working copy of the weights."""
+    model = bind(policy.graph, policy.working(params, {}))
+    nothing = jnp.zeros(0, jnp.int32)
+    return scalars_of(model, nothing, rows.prompts, rows.lengths, rows.texts, rows.counts, REMATS[remat])
+
+
+def make_step(policy: Policy, recipe: MetaConfig, optimizer: optax.GradientTransformation, state: State) -> Step:
+    """The compiled step: (state, batch) -> (state, scalars by name). The state is donated.
+
+    It compiles once for each shape of a batch. `state`: the first one, for where its arrays lie.
+    """
+
+    def loss(params: Params, rows: Judged) -> tuple[Array, Array]:
+        logits = logits_of(policy, params, rows, recipe.remat)
+        right = (logits > 0) == (rows.correct > 0.5)
+        return losses.bce(logits, rows.correct, rows.weights), jnp.sum(jnp.where(rows.weights > 0, right, False))
+
+    def step(state: State, batch: Judged) -> tuple[State, dict[str, Array]]:
+        shares = jax.tree.map(lambda x: split(x, x.shape[0] // recipe.microbatch), batch)
+
+        def add(carry: tuple[Params, Array, Array], rows: Judged) -> tuple[tuple[Params, Array, Array], None]:
+            (value, right), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value, carry[2] + right), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0)
+        (grads, total, right), _ = jax.lax.scan(add, zeros, shares)
+        params, after, norm = moved(state, grads, optimizer)
+        rows = jnp.maximum(jnp.sum(batch.weights > 0), 1)
+        scalars = {"loss": total, "accuracy": right / rows, "grad_norm": norm}
+        return State(params, after, state.step + 1), scalars
+
+    return compiled(step, state)
+
+
+def put(batch: Judged, policy: Policy) -> Judged:
+    """A batch of host arrays on the mesh, rows spread over its data axis."""
+    spread = batch_sharding(policy.mesh)
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Judged)}
+    return Judged(**{name: jax.make_array_from_process_local_data(spread, value) for name, value in values.items()})
