@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property, partial
-from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,22 @@ from grm_jax import prompts, scores, voting
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
-from grm_jax.models.decoder import Model, bind, split_abstract
+from grm_jax.models.decoder import Model, bind
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
-from grm_jax.sharding import make_mesh, parameter_sharding
 from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
-from grm_jax.weights.embedded import EMBEDDED, find_embedded
-from grm_jax.weights.load import load_params, read_config
-
-Guide = Callable[[Example, Sequence[Judgment]], Sequence[float]]  # a logit a judgment: `MetaRm.logits`
+from grm_jax.weights.decoder import load_decoder
+from grm_jax.weights.embedded import EMBEDDED
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
 _WINDOW = 256  # examples taken together where a file needs several templates
 _DECK = 5040  # orders enumerated at most (7!); beyond, each sample's order is drawn by itself
+
+
+class Guide(Protocol):
+    """What guides a vote: a `MetaRm`, or anything else that says how far judgments can be trusted."""
+
+    def logits(self, example: Example, judgments: Sequence[Judgment]) -> Sequence[float]:
+        """One number a judgment; higher is better."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +94,29 @@ class Grm:
     demos: bool = False  # its templates carry worked demonstrations: it was not tuned to judge
 
     def score(
-        self, examples: Sequence[Example], votes: int = 8, seed: int = 0, guide: Guide | None = None,
+        self, examples: Sequence[Example], votes: int = 8, seed: int = 0, meta_rm: Guide | None = None,
         **settings: float | str | bool | None,
     ) -> list[Verdict]:  # fmt: skip
         """A verdict for each example, in their order; `settings` are further fields of `JudgeSettings`.
 
-        guide: `logits` of a meta RM, which then chooses the judgments that are summed. Raises ValueError for ids that
-        occur twice, settings out of range, or a prompt that cannot be cut to fit.
+        meta_rm: chooses the judgments that are summed. Raises ValueError for ids that occur twice, settings out of range,
+        or a prompt that cannot be cut to fit.
         """
         asked = JudgeSettings(votes=votes, seed=seed, **settings)
-        verdicts = {v.id: v for v in self.judge(examples, asked, guide=guide)}
+        verdicts = {v.id: v for v in self.judge(examples, asked, meta_rm=meta_rm)}
         return [verdicts[example.id] for example in examples]
 
     def judge(
         self, examples: Sequence[Example], settings: JudgeSettings,
         template_of: Callable[[Example], prompts.Template] | None = None,
         hint_of: Callable[[Example], prompts.Hint] | None = None,
-        guide: Guide | None = None,
+        meta_rm: Guide | None = None,
     ) -> Iterator[Verdict]:  # fmt: skip
         """Verdicts as they come to be, in no order. The samples keep one batch full across examples.
 
         template_of: what shows an example; by default `template` of its number of responses. hint_of: the truth that is
-        told at the end of an example's prompt (hinted sampling, section 3.1). guide: as in `score`. Raises ValueError: ids
-        that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit.
+        told at the end of an example's prompt (hinted sampling, section 3.1). meta_rm: as in `score`. Raises ValueError:
+        ids that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit.
         """
         seen: set[str] = set()
         for example in examples:
@@ -131,7 +135,7 @@ class Grm:
                 by_template.setdefault(template_of(example), []).append(example)
             for template, group in by_template.items():
                 for example, judgments, usage in _judge_with(self, template, group, settings, hint_of):
-                    logits = guide(example, judgments) if guide else None
+                    logits = meta_rm.logits(example, judgments) if meta_rm else None
                     yield verdict(example, judgments, usage, logits, settings.k_meta)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
@@ -369,31 +373,3 @@ def load(
     if found.config.scalar:
         raise ValueError(f"{model} has a scalar head and writes nothing: it guides a judge, as --meta-rm {model}")
     return Grm(found, tokenizer, str(model), demos=model in EMBEDDED)
-
-
-def load_decoder(
-    model: str, dtype: Dtype | None, devices: int | None
-) -> tuple[Model, tokenizers.Tokenizer | None]:  # fmt: skip
-    """A decoder by an embedded model's name, a Hugging Face folder or a .gguf file, and its tokenizer where it has one."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
-    path = find_embedded(model) if model in EMBEDDED else model
-    config = read_config(path)
-    graph, shapes = split_abstract(config)
-    targets = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
-        for name, (shape, axes) in shapes.items()
-    }
-    return Model(config, graph, load_params(path, targets), mesh), _tokenizer(path)
-
-
-def _tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
-    """The checkpoint's tokenizer, or None for a folder that has none."""
-    if str(path).endswith(".gguf"):
-        return tokenizers.from_gguf(path)
-    from etils import epath
-
-    if not any((epath.Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    return tokenizers.from_folder(path)

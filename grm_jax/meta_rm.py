@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from grm_jax import grm, prompts
+from grm_jax import prompts
 from grm_jax.buckets import power_of_two
 from grm_jax.config import Dtype
 from grm_jax.data.chat import encode_chat
@@ -28,6 +28,7 @@ from grm_jax.datatypes import Example, Judgment, Message
 from grm_jax.models.decoder import Model, Params, bind
 from grm_jax.tokenizer import Tokenizer
 from grm_jax.train.forward import scalars_of
+from grm_jax.weights.decoder import load_decoder
 
 TEMPLATE = "meta_rm"
 _LEAST_TOKENS = 32  # the smallest padded prompt and judgment
@@ -106,7 +107,7 @@ def load(path: str, dtype: Dtype | None = None, devices: int | None = None, temp
     dtype and devices as in `grm.load`. Raises FileNotFoundError and ValueError as the loaders do, and ValueError for a
     model without a scalar head or without a tokenizer.
     """
-    model, tokenizer = grm.load_decoder(path, dtype, devices)
+    model, tokenizer = load_decoder(path, dtype, devices)
     if not model.config.scalar:
         raise ValueError(
             f"{path} has no scalar head: give a folder that the command `meta_rm` has written, or a "

@@ -56,9 +56,9 @@ def run(config: ScoreConfig) -> None:
         if config.meta_rm:
             from grm_jax import meta_rm
 
-            guide = meta_rm.load(config.meta_rm, config.dtype, config.devices).logits
+            guide = meta_rm.load(config.meta_rm, config.dtype, config.devices)
         with _progress(len(waiting)) as progress:
-            for verdict in grm.judge(waiting, judge_settings(config), guide=guide):
+            for verdict in grm.judge(waiting, judge_settings(config), meta_rm=guide):
                 writer.write(verdict)
                 progress.add(verdict)
                 verdicts.append(verdict if config.show else dataclasses.replace(verdict, judgments=()))

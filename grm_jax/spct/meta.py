@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grm_jax import grm, meta_rm, metrics, prompts
+from grm_jax import meta_rm, metrics, prompts
 from grm_jax.data import batches
 from grm_jax.data import items as labelled
 from grm_jax.log import logger
@@ -35,6 +35,7 @@ from grm_jax.spct.sample import Sample, read_samples
 from grm_jax.spct.start import Start
 from grm_jax.train import policy as training
 from grm_jax.train.policy import Policy
+from grm_jax.weights.decoder import load_decoder
 
 _ROWS = 32  # judgments measured at once
 
@@ -107,7 +108,7 @@ def begin(recipe: MetaConfig) -> Start:
         found = start.fresh(recipe.fresh, recipe.seed, recipe.devices, jnp.dtype(jnp.float32))
         model, tokenizer = found.model, found.tokenizer
     else:
-        model, tokenizer = grm.load_decoder(recipe.model, "float32", recipe.devices)
+        model, tokenizer = load_decoder(recipe.model, "float32", recipe.devices)
     if tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer files: put tokenizer.json or tokenizer.model in its folder")
     config = dataclasses.replace(model.config, scalar=True)

@@ -147,7 +147,7 @@ def sample_part(
                 _add(tallies, samples)
         if not waiting:
             return tallies
-        guide = open_guide().logits if open_guide else None
+        guide = open_guide() if open_guide else None
         grm, started, tokens, said = open_judge(), time.monotonic(), 0, time.monotonic()
         logger.info("%d items to judge %d times each", len(waiting), config.votes)
         for done, (verdict, samples) in enumerate(

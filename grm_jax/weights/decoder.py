@@ -1,0 +1,41 @@
+"""A checkpoint as a decoder ready to run, with its tokenizer: by an embedded model's name, or from a folder or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from grm_jax import tokenizer as tokenizers
+from grm_jax.config import Dtype
+from grm_jax.models.decoder import Model, split_abstract
+from grm_jax.sharding import make_mesh, parameter_sharding
+from grm_jax.weights.embedded import EMBEDDED, find_embedded
+from grm_jax.weights.load import load_params, read_config
+
+
+def load_decoder(model: str, dtype: Dtype | None, devices: int | None) -> tuple[Model, tokenizers.Tokenizer | None]:
+    """A decoder by an embedded model's name, a Hugging Face folder or a .gguf file, and its tokenizer where it has one."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
+    path = find_embedded(model) if model in EMBEDDED else model
+    config = read_config(path)
+    graph, shapes = split_abstract(config)
+    targets = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
+        for name, (shape, axes) in shapes.items()
+    }
+    return Model(config, graph, load_params(path, targets), mesh), _tokenizer(path)
+
+
+def _tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
+    """The checkpoint's tokenizer, or None for a folder that has none."""
+    if str(path).endswith(".gguf"):
+        return tokenizers.from_gguf(path)
+    from etils import epath
+
+    if not any((epath.Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return tokenizers.from_folder(path)
