@@ -13,7 +13,7 @@ import pytest
 from test_floors import HEAVY
 
 from grm_jax import recipes
-from grm_jax.recipes import Checkpoints, Fresh, Items, Lora, Optimizer, RftConfig, RlConfig, SampleConfig
+from grm_jax.recipes import Checkpoints, Fresh, Items, Lora, MetaConfig, Optimizer, RftConfig, RlConfig, SampleConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if "def config()" in path.read_text())
@@ -22,7 +22,8 @@ ITEMS = Items(files=("items.jsonl",))
 
 def kind_of(path: Path) -> type:
     """Which command's recipe a file is, by its name."""
-    return RlConfig if path.stem.endswith("rl") else RftConfig
+    kinds = {"rl": RlConfig, "meta": MetaConfig}
+    return kinds.get(path.stem.rpartition("_")[2], RftConfig)
 
 
 def fields_of(recipe: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
