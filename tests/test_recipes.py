@@ -49,9 +49,8 @@ def test_every_config_loads_and_its_json_has_every_field(path):
         for name in names:
             found = found[name]
         assert found == (list(value) if isinstance(value, tuple) else value)
-    assert f"grm_jax.main {'rl' if kind_of(path) is RlConfig else 'rft'} --config configs/{path.name}" in (
-        path.read_text()
-    )
+    command = {RftConfig: "rft", RlConfig: "rl", MetaConfig: "meta_rm"}[kind_of(path)]
+    assert f"grm_jax.main {command} --config configs/{path.name}" in path.read_text()
 
 
 def test_there_are_configs():
