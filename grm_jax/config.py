@@ -42,6 +42,8 @@ class JudgeSettings:
     """samples decoded at once"""
     k_meta: int | None = None
     """judgments that a meta RM keeps; by default half of them, and at least one"""
+    stop_risk: float | None = None
+    """draw in rounds, and stop an example when more votes change its winner with at most this probability; 0: never"""
 
     def __post_init__(self) -> None:
         for name in ("votes", "max_new_tokens", "slots", "k_meta"):
@@ -50,6 +52,8 @@ class JudgeSettings:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}: it has to be 0 to 2^32 - 1")
+        if self.stop_risk is not None and not 0 <= self.stop_risk < 1:
+            raise ValueError(f"stop_risk = {self.stop_risk}: it is a probability, 0 to below 1")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
@@ -92,6 +96,11 @@ class ScoreConfig(JudgeSettings):
         super().__post_init__()
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices = {self.devices}: it has to be at least 1")
+        if self.stop_risk is not None and self.meta_rm:
+            raise ValueError(
+                f"stop_risk = {self.stop_risk} and meta_rm = {self.meta_rm}: the risk is that of the plain vote, give one "
+                "of them"
+            )
         if self.k_meta is not None and not self.meta_rm:
             raise ValueError(f"k_meta = {self.k_meta} without a meta RM, which chooses them: give --meta-rm DIR too")
         same = os.path.realpath(self.input) == os.path.realpath(self.output)

@@ -63,6 +63,17 @@ class Usage:
     seconds: float
     cut_tokens: int = 0
 
+    def after(self, before: Usage | None) -> Usage:
+        """What both rounds of one example cost: prompts and cuts are the same ones, tokens and time add up."""
+        if before is None:
+            return self
+        return Usage(
+            max(self.prompt_tokens, before.prompt_tokens),
+            self.completion_tokens + before.completion_tokens,
+            self.seconds + before.seconds,
+            self.cut_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Verdict:

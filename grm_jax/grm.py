@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grm_jax import prompts, scores, voting
+from grm_jax import prompts, scores, stopping, voting
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
@@ -134,7 +134,7 @@ class Grm:
             for example in examples[start : start + window]:
                 by_template.setdefault(template_of(example), []).append(example)
             for template, group in by_template.items():
-                for example, judgments, usage in _judge_with(self, template, group, settings, hint_of):
+                for example, judgments, usage in _in_rounds(self, template, group, settings, hint_of):
                     logits = meta_rm.logits(example, judgments) if meta_rm else None
                     yield verdict(example, judgments, usage, logits, settings.k_meta)
 
@@ -211,9 +211,9 @@ def _hint_tokens(
 
 def _prepare(
     grm: Grm, template: prompts.Template, example: Example, settings: JudgeSettings, forcing: Forcing | None,
-    hint: prompts.Hint | None,
+    hint: prompts.Hint | None, drawn: range,
 ) -> _Task:  # fmt: skip
-    """Cut, render and tokenise an example's distinct prompts."""
+    """Cut, render and tokenise an example's distinct prompts, for the samples of these numbers."""
     tokenizer, n = grm.need_tokenizer(), len(example.responses)
     numbers = n if forcing else 0
     room = settings.max_new_tokens + (forcing.budget(numbers) if forcing else 0)
@@ -229,19 +229,44 @@ def _prepare(
     dealt = orders(example.id, n, settings.votes, settings.seed)
     ids_of = {
         order: _prompt_ids(tokenizer, prompts.render(shown, order, template, hint, tokenizer.specials))
-        for order in set(dealt)
+        for order in {dealt[j] for j in drawn}
     }
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for j, order in enumerate(dealt):  # equal responses make equal prompts of different orders
-        asked.setdefault(ids_of[order], []).append((stable_hash(example.id), j))
+    for j in drawn:  # equal responses make equal prompts of different orders
+        asked.setdefault(ids_of[dealt[j]], []).append((stable_hash(example.id), j))
     return _Task(example, dealt, [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()], cut)
+
+
+def _in_rounds(
+    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
+    hint_of: Callable[[Example], prompts.Hint] | None,
+) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
+    """Judge examples that share a template: all samples at once, or in rounds until an example's winner is safe."""
+    if settings.stop_risk is None:
+        yield from _judge_with(grm, template, examples, settings, hint_of, range(settings.votes))
+        return
+    earlier: dict[str, tuple[list[Judgment], Usage]] = {}
+    for drawn in stopping.rounds(settings.votes):
+        waiting = []
+        for example, new, usage in _judge_with(grm, template, examples, settings, hint_of, drawn):
+            judgments, before = earlier.pop(example.id, ([], None))
+            judgments, usage = [*judgments, *new], usage.after(before)
+            found = [judgment.scores for judgment in judgments if judgment.scores is not None]
+            risk = stopping.change_risk(found, settings.votes - drawn.stop, template.low, template.high)
+            if risk <= settings.stop_risk:
+                yield example, judgments, usage
+            else:
+                earlier[example.id] = judgments, usage
+                waiting.append(example)
+        if not (examples := waiting):
+            return
 
 
 def _judge_with(
     grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
-    hint_of: Callable[[Example], prompts.Hint] | None,
+    hint_of: Callable[[Example], prompts.Hint] | None, drawn: range,
 ) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
-    """Judge examples that share a template: each with its judgments, when all of them are in."""
+    """Judge examples that share a template: each with its samples of these numbers, when all of them are in."""
     tokenizer = grm.need_tokenizer()
     forcing = None
     if settings.force_scores:
@@ -252,7 +277,7 @@ def _judge_with(
             lambda ids, n: scores.parse(tokenizer.decode(ids), n, template.low, template.high)[0] is not None,
         )
     hints = (hint_of(example) if hint_of else None for example in examples)
-    prepared = (_prepare(grm, template, e, settings, forcing, h) for e, h in zip(examples, hints, strict=True))
+    prepared = (_prepare(grm, template, e, settings, forcing, h, drawn) for e, h in zip(examples, hints, strict=True))
     peeked = list(itertools.islice(prepared, _PEEK))
     head = common_prefix([request.prompt for task in peeked for request in task.requests])
     task_of: dict[int, _Task] = {}
@@ -263,27 +288,27 @@ def _judge_with(
                 task_of[id(request)] = task
                 yield request
 
-    plan = _plan(examples, settings)
+    plan = _plan(examples, settings, len(drawn))
     key = jax.random.key(settings.seed, impl="threefry2x32")
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, tokenizer.eos_ids)
     for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing):
         task = task_of[id(completion.request)]
         task.started.append(time.monotonic() - completion.seconds)
         task.done[completion.sample] = _judgment(tokenizer, template, task, completion)
-        if len(task.done) == settings.votes:
+        if len(task.done) == len(drawn):
             for request in task.requests:
                 del task_of[id(request)]
-            yield task.example, [task.done[j] for j in range(settings.votes)], _usage(task)
+            yield task.example, [task.done[j] for j in drawn], _usage(task)
 
 
-def _plan(examples: list[Example], settings: JudgeSettings) -> Plan:
+def _plan(examples: list[Example], settings: JudgeSettings, votes: int) -> Plan:
     """As many rows a group as half the samples of an average distinct prompt, and as many groups as the slots allow.
 
     Half: a freed row then takes its prompt's next sample, so few rows idle until the slowest of their group is done.
     Where there are too few prompts to fill the slots so, a group has a row for each sample.
     """
-    distinct = sum(min(settings.votes, math.factorial(min(len(example.responses), 20))) for example in examples)
-    average = settings.votes * len(examples) / distinct
+    distinct = sum(min(votes, math.factorial(min(len(example.responses), 20))) for example in examples)
+    average = votes * len(examples) / distinct
     half = math.ceil(average / 2)
     group = min(settings.slots, half if half * distinct >= settings.slots else math.ceil(average))
     return Plan(max(1, min(settings.slots // group, distinct)), group, settings.max_new_tokens)

@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parents[1] / "grm_jax"
 # import each other, without cycles. "__init__" is grm_jax itself: the Python API, which loads `grm` when it is asked for.
 FLOORS = (
     {"config", "datatypes", "gguf_file", "log", "vocab"},
-    {"buckets", "head", "losses", "prompts", "recipes", "rewards", "scores", "sharding", "tokenizer", "voting"},
+    {
+        "buckets",
+        "head",
+        "losses",
+        "prompts",
+        "recipes",
+        "rewards",
+        "scores",
+        "sharding",
+        "stopping",
+        "tokenizer",
+        "voting",
+    },
     {"data", "models"},
     {"checkpoint", "metrics", "sampler", "train", "weights"},
     {"grm"},

@@ -95,7 +95,7 @@ def test_equal_responses_make_one_prompt(grm, monkeypatch):
     ],
 )
 def test_the_batch_fits_what_is_asked(examples, n, votes, slots, groups, group):
-    plan = _plan([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(votes=votes, slots=slots))
+    plan = _plan([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(slots=slots), votes)
     assert (plan.groups, plan.group) == (groups, group)
 
 
@@ -145,6 +145,28 @@ def test_a_verdict_does_not_depend_on_the_examples_beside_it(grm):
 def test_more_votes_keep_the_samples_there_were(grm):
     few, many = (grm.score([example("a", "bb")], votes=k, max_new_tokens=20, seed=5)[0] for k in (2, 5))
     assert [j.text for j in many.judgments[:2]] == [j.text for j in few.judgments]
+
+
+def told(v):
+    """Without log-probabilities, whose last digits are those of the batch that a sample was in."""
+    return [(j.text, j.scores, j.order, j.forced, j.tokens) for j in v.judgments]
+
+
+def test_an_adaptive_vote_is_the_first_judgments_of_the_whole_one(grm):
+    examples = [example("one", "three", id=f"e{i}") for i in range(6)]
+    known = {"votes": 8, "max_new_tokens": 6, "temperature": 1.0}
+    whole = grm.score(examples, **known)
+    adaptive = grm.score(examples, **known, stop_risk=0.3)
+    for a, w in zip(adaptive, whole, strict=True):
+        assert a.votes in (2, 4, 8)
+        assert told(a) == told(w)[: a.votes]
+        assert a.usage.completion_tokens == sum(judgment.tokens for judgment in a.judgments)
+        assert a.usage.prompt_tokens == w.usage.prompt_tokens
+    assert len({a.votes for a in adaptive}) > 1
+    never = grm.score(examples, **known, stop_risk=0.0)
+    reach = [abs(v.scores[0] - v.scores[1]) for v in never if v.votes < 8]
+    assert all(margin > 9 * 4 for margin in reach)  # only what 4 judgments cannot make up stops at 4
+    assert [told(v) == told(w)[: v.votes] for v, w in zip(never, whole, strict=True)] == [True] * 6
 
 
 def test_without_forcing_a_text_without_scores_says_why(grm):
