@@ -16,10 +16,11 @@ from grm_jax.datatypes import Message
 from grm_jax.main import main
 from grm_jax.recipes import Checkpoints, Fresh, Lora, MetaConfig, Optimizer
 from grm_jax.spct import calibration, meta, meta_batches, meta_step
-from grm_jax.spct.sample import Sample, row_of
+from grm_jax.spct.sample import Sample, read_samples, row_of
 from grm_jax.tokenizer import ByteTokenizer
 from grm_jax.train import policy as training
 from grm_jax.train.policy import Policy
+from grm_jax.weights.save import save_hf
 
 TEMPLATE = prompts.load_template("meta_rm", boxed=False)
 FRESH = Fresh(dim=32, layers=2, heads=2, mlp_dim=64, max_positions=512)
@@ -225,6 +226,28 @@ def test_an_interrupted_run_ends_like_one_that_was_not(trained, tmp_path, monkey
     assert len(rows[0]) == 40
     model = "run/model/model.safetensors"
     assert (trained / model).read_bytes() == (tmp_path / model).read_bytes()
+
+
+def test_score_and_sample_take_a_meta_rm(trained, tmp_path):
+    """A judge of random weights, its scores forced; every judgment has its logit, half of them are kept."""
+    long = tiny_model(dataclasses.replace(LLAMA, max_positions=8192))
+    save_hf(tmp_path / "judge", long.config, long.params, ByteTokenizer(), None, "float32")
+    rows = [{"id": f"r{i}", "prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = ["--model", str(tmp_path / "judge"), "--meta-rm", str(trained / "run/model"), "--max-new-tokens", "8"]
+    score = ["score", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "verdicts.jsonl")]
+    assert main([*score, *known, "--votes", "5"]) == 0
+    for line in (tmp_path / "verdicts.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        kept = [j for j in found["judgments"] if j["kept"]]
+        assert len(kept) == 2
+        assert found["scores"] == [sum(j["scores"][i] for j in kept) for i in range(2)]
+        assert min(j["logit"] for j in kept) >= max(j["logit"] for j in found["judgments"] if not j["kept"])
+    sample = ["sample", "--items.files", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "samples.jsonl")]
+    assert main([*sample, *known, "--votes", "2"]) == 0
+    judged = read_samples(str(tmp_path / "samples.jsonl"))
+    assert len(judged) == 4
+    assert all(isinstance(one.logit, float) for one in judged)
 
 
 def test_bad_input_is_named(tmp_path, capsys):
