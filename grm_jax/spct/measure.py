@@ -43,7 +43,9 @@ def measure(
     grm: Grm, examples: Sequence[Example], template_of: Callable[[Example], Template], settings: JudgeSettings
 ) -> Measured:
     """Judge labelled examples and hold the verdicts against the labels (Eq. 10, ties by expectation)."""
-    verdicts = {verdict.id: verdict for verdict in grm.judge(examples, settings, template_of=template_of)}
+    # Neighbours of like length: the longest prompt of a batch decides what memory each of its prompts takes.
+    by_length = sorted(examples, key=lambda example: sum(map(len, example.responses)) + len(str(example.messages)))
+    verdicts = {verdict.id: verdict for verdict in grm.judge(by_length, settings, template_of=template_of)}
     worth = np.array([worth_of(example, verdicts[example.id]) for example in examples])
     low, high = interval(worth, settings.seed)
     judgments = sum(verdict.votes for verdict in verdicts.values())
