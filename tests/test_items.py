@@ -225,6 +225,16 @@ def test_a_large_file_does_not_crowd_out_others(tmp_path):
     ids = [item.id for item in (*found.train, *found.held_out)]
     assert sum(item.source == "large" for item in (*found.train, *found.held_out)) == 3
     assert len(ids) == 5
+    # What is left of a large file is no likelier to be within the limit.
+    wide = [
+        write(
+            tmp_path / f"{name}.jsonl",
+            *({"id": f"{name}{i}", "prompt": f"{name}{i}", "chosen": "yes", "rejected": "no"} for i in range(count)),
+        )
+        for name, count in (("a", 2000), ("b", 100))
+    ]
+    drawn = load(Items(tuple(wide), per_file=100, limit=100), 0).train
+    assert 35 < sum(item.source == "a" for item in drawn) < 65
     seeds = {tuple(i.id for i in load(Items((large,), per_file=3), seed).train) for seed in range(9)}
     assert len(seeds) > 1
     with pytest.raises(ValueError, match="per_file = 0"):

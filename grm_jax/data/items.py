@@ -172,11 +172,11 @@ def split(examples: Sequence[Example], held_out: int, seed: int) -> tuple[list[E
     return [e for e in examples if e.messages not in out], [e for e in examples if e.messages in out]
 
 
-def limited(items: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """At most `limit` items, those that the seed ranks first, in the order given."""
+def limited(items: Sequence[Example], limit: int | None, seed: int, what: str = "") -> list[Example]:
+    """At most `limit` items, those that the seed ranks first, in the order given; `what` makes another ranking."""
     if limit is None or len(items) <= limit:
         return list(items)
-    ranked = sorted((stable_hash(f"{seed} {item.id}"), item.id) for item in items)
+    ranked = sorted((stable_hash(f"{seed} {what}{item.id}"), item.id) for item in items)
     kept = {id for _, id in ranked[:limit]}
     return [item for item in items if item.id in kept]
 
@@ -229,7 +229,7 @@ def _read(files: Sequence[str], per_file: int | None, seed: int) -> list[Example
         if files.count(file) > 1:
             raise ValueError(f"items.files names {file} {files.count(file)} times: name each file once")
     names = Counter(map(_stem, files))
-    read = [(file, limited(read_examples(file, skip_bad=False)[0], per_file, seed)) for file in files]
+    read = [(file, limited(read_examples(file, skip_bad=False)[0], per_file, seed, "file ")) for file in files]
     occurring = Counter(example.id for _, examples in read for example in examples)
     found = []
     for file, examples in read:
