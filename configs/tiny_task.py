@@ -3,8 +3,8 @@
     python configs/tiny_task.py FOLDER [--seed N]
 
 writes four files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
-(judgments in the right format by a poor judge, whose scores are the right ones and a good deal of noise: what a base model
-brings) and `general.jsonl` (instructions that have nothing to do with judging).
+(judgments in the right format by a poor judge, whose scores are the right ones and a good deal of noise, or less where the
+prompt has a hint: what a base model brings) and `general.jsonl` (instructions that have nothing to do with judging).
 
 A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
 best response is unknown, without the responses too. The names make every example new: there are 24 million pairs.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 QUERIES = {"most": "which costs most?", "least": "which costs least?"}
 NOISE = 1.5  # of the poor judge's scores: a standard deviation
+HINTED, HINTED_NOISE = 0.3, 0.5  # the share of its prompts that tell the best response, and its noise there
 SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500}
 
 
@@ -40,13 +41,13 @@ def example(rng: random.Random, id_: str) -> dict:
     }
 
 
-def judgment(rng: random.Random, row: dict) -> tuple[list[int], str]:
+def judgment(rng: random.Random, row: dict, noise: float) -> tuple[list[int], str]:
     """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores."""
     asked = row["source"]
     order = rng.sample(range(len(row["responses"])), len(row["responses"]))
     prices = [int(row["responses"][i][0]) for i in order]
     right = [price + 1 if asked == "most" else 10 - price for price in prices]
-    noisy = [min(max(round(score + rng.gauss(0, NOISE)), 1), 10) for score in right]
+    noisy = [min(max(round(score + rng.gauss(0, noise)), 1), 10) for score in right]
     said = ", ".join(map(str, prices))
     return order, f"Specific Criteria: {asked}\nAnalysis: {said}\nScores: \\boxed{{{', '.join(map(str, noisy))}}}"
 
@@ -61,6 +62,7 @@ def instruction(rng: random.Random) -> dict:
 
 def write(folder: Path, seed: int) -> None:
     from grm_jax import prompts
+    from grm_jax.data.items import hint_of
     from grm_jax.data.jsonl import parse_row
 
     rng = random.Random(seed)
@@ -76,8 +78,10 @@ def write(folder: Path, seed: int) -> None:
 
     def base(i: int) -> dict:
         row = unseen(f"base-{i}")
-        order, answer = judgment(rng, row)
-        (turn,) = prompts.render(parse_row(row, row["id"]), tuple(order), template)
+        hinted = rng.random() < HINTED
+        order, answer = judgment(rng, row, HINTED_NOISE if hinted else NOISE)
+        shown = parse_row(row, row["id"])
+        (turn,) = prompts.render(shown, tuple(order), template, hint_of(shown) if hinted else None)
         return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer}]}
 
     rows = {
