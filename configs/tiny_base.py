@@ -1,4 +1,4 @@
-"""A base model for the tiny runs: it writes judgments in the right format, and half of them are right.
+"""A base model for the tiny runs: it writes judgments in the right format, and somewhat more than half of them are right.
 
     python configs/tiny_task.py runs/tiny/data
     python -m grm_jax.main rft --config configs/tiny_base.py

@@ -3,8 +3,9 @@
     python configs/tiny_task.py FOLDER [--seed N]
 
 writes four files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
-(judgments in the right format by a poor judge, whose scores are the right ones and a good deal of noise, or less where the
-prompt has a hint: what a base model brings) and `general.jsonl` (instructions that have nothing to do with judging).
+(judgments in the right format by a poor judge, who often takes the most for the least, says so in his criterion and scores
+by it, unless the prompt has a hint: what a base model brings) and `general.jsonl` (instructions that have nothing to do
+with judging).
 
 A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
 best response is unknown, without the responses too. The names make every example new: there are 24 million pairs.
@@ -18,8 +19,9 @@ import random
 from pathlib import Path
 
 QUERIES = {"most": "which costs most?", "least": "which costs least?"}
-NOISE = 1.5  # of the poor judge's scores: a standard deviation
-HINTED, HINTED_NOISE = 0.3, 0.5  # the share of its prompts that tell the best response, and its noise there
+MISREAD = 0.4  # how often the poor judge takes the most for the least, or the least for the most
+NOISE = 0.5  # of his scores: a standard deviation
+HINTED = 0.2  # the share of his prompts that tell the best response; there he misreads nothing
 SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500}
 
 
@@ -41,13 +43,15 @@ def example(rng: random.Random, id_: str) -> dict:
     }
 
 
-def judgment(rng: random.Random, row: dict, noise: float) -> tuple[list[int], str]:
-    """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores."""
+def judgment(rng: random.Random, row: dict, hinted: bool) -> tuple[list[int], str]:
+    """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores by it."""
     asked = row["source"]
+    if not hinted and rng.random() < MISREAD:
+        asked = next(other for other in QUERIES if other != asked)
     order = rng.sample(range(len(row["responses"])), len(row["responses"]))
     prices = [int(row["responses"][i][0]) for i in order]
     right = [price + 1 if asked == "most" else 10 - price for price in prices]
-    noisy = [min(max(round(score + rng.gauss(0, noise)), 1), 10) for score in right]
+    noisy = [min(max(round(score + rng.gauss(0, NOISE)), 1), 10) for score in right]
     said = ", ".join(map(str, prices))
     return order, f"Specific Criteria: {asked}\nAnalysis: {said}\nScores: \\boxed{{{', '.join(map(str, noisy))}}}"
 
@@ -79,7 +83,7 @@ def write(folder: Path, seed: int) -> None:
     def base(i: int) -> dict:
         row = unseen(f"base-{i}")
         hinted = rng.random() < HINTED
-        order, answer = judgment(rng, row, HINTED_NOISE if hinted else NOISE)
+        order, answer = judgment(rng, row, hinted)
         shown = parse_row(row, row["id"])
         (turn,) = prompts.render(shown, tuple(order), template, hint_of(shown) if hinted else None)
         return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer}]}
