@@ -26,6 +26,11 @@ from grm_jax.recipes import Lora, Optimizer
 from grm_jax.sharding import replicated
 
 
+# By default XLA orders a program for the CPU by how much of it can run side by side: what `remat` computes again is then
+# computed early and held, and saves nothing (docs/LOG.md).
+_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -109,7 +114,9 @@ def compiled(step: Callable[..., Any], state: State) -> Callable[..., Any]:
 
     Left to itself the compiler may return another layout, and the next call would compile the program again for it.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    places = jax.tree.map(lambda x: x.sharding, state), None
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
 
 def moved(
