@@ -4,7 +4,8 @@
         --template configs/tiny_template.txt --max-new-tokens 72 --slots 256 --output runs/tiny/judged.jsonl
     python -m grm_jax.main meta_rm --config configs/tiny_meta.py
 
-Three judgments of each item, as in the paper (section 4.2). launch/learn.sh holds the guided vote against the plain one.
+Three judgments of each item, as in the paper (section 4.2). `python configs/tiny_votes.py runs/tiny` holds its votes
+against plain ones.
 """
 
 from grm_jax.recipes import Checkpoints, MetaConfig, Optimizer

@@ -25,7 +25,6 @@ from grm_jax.models.decoder import Params
 from grm_jax.recipes import Lora, Optimizer
 from grm_jax.sharding import replicated
 
-
 # By default XLA orders a program for the CPU by how much of it can run side by side: what `remat` computes again is then
 # computed early and held, and saves nothing (docs/LOG.md).
 _CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
