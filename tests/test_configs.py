@@ -64,13 +64,15 @@ def test_the_tiny_task_is_new_everywhere_and_its_poor_judge_heeds_hints(tmp_path
     train, test, base = (rows_of(tmp_path / f"{name}.jsonl") for name in ("train", "test", "base"))
     assert not {tuple(row["responses"]) for row in train} & {tuple(row["responses"]) for row in test}
     assert {len(set(row["scores"])) for row in train} == {2}
-    right = {False: [], True: []}
+    read, followed = {False: [], True: []}, []
     for row in base:
         asked, answer = (turn["content"] for turn in row["messages"])
         prices = [int(price) for price in re.findall(r"Response \d\](\d)", asked)]
         first, second = map(int, re.search(r"boxed\{(\d+), (\d+)\}", answer).groups())
-        most = "most" in answer
-        right["Best: " in asked].append((first > second) == ((prices[0] > prices[1]) == most) and first != second)
-    assert len(right[True]) / len(base) == pytest.approx(0.3, abs=0.03)
-    shares = {hinted: sum(of) / len(of) for hinted, of in right.items()}
-    assert 0.6 < shares[False] < 0.9 < shares[True]
+        criterion = re.match(r"Specific Criteria: (\w+)\n", answer)[1]
+        read["Best: " in asked].append(f"costs {criterion}?" in asked)
+        followed.append(first != second and (first > second) == ((prices[0] > prices[1]) == (criterion == "most")))
+    assert len(read[True]) / len(base) == pytest.approx(0.2, abs=0.03)
+    assert all(read[True])
+    assert sum(read[False]) / len(read[False]) == pytest.approx(0.6, abs=0.04)
+    assert sum(followed) / len(followed) > 0.85
