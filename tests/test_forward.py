@@ -95,8 +95,8 @@ def test_pieces_are_few_and_whole(tokens):
 
 def test_what_is_computed_again_is_not_held():
     """Memory of a compiled step, by the compiler's own account: `remat` has to save it on CPU too."""
-    model = tiny_model(dataclasses.replace(LLAMA, layers=8, windows=(None,) * 8))
-    tokens, positions, segments = jnp.zeros((1, 512), int), jnp.arange(512)[None], jnp.ones((1, 512), int)
+    model = tiny_model(dataclasses.replace(LLAMA, layers=6, windows=(None,) * 6))
+    tokens, positions, segments = jnp.zeros((1, 256), int), jnp.arange(256)[None], jnp.ones((1, 256), int)
     state = training.State(model.params, (), jnp.int32(0))
 
     def temporary(remat):
@@ -109,9 +109,7 @@ def test_what_is_computed_again_is_not_held():
 
         return training.compiled(step, state).lower(state).compile().memory_analysis().temp_size_in_bytes
 
-    everything = temporary("none")
-    assert temporary("dots") < 0.9 * everything
-    assert temporary("block") < 0.5 * everything
+    assert temporary("block") < 0.5 * temporary("none")
 
 
 def packed_rows():

@@ -1,6 +1,7 @@
 """Training of the meta RM: batches, the step, calibration by hand, and a run that learns and goes on."""
 
 import dataclasses
+import functools
 import json
 import random
 from pathlib import Path
@@ -156,10 +157,11 @@ def test_any_size_of_microbatch_is_one_batch(policy):
     """And the loss is the mean of -log p(right or wrong), worked out from the logits."""
     policy, params = policy
     batch = batches_of(many(16))[0]
-    logits = np.asarray(meta_step.logits_of(policy, params, meta_step.put(batch, policy)), np.float64)
+    forward = jax.jit(functools.partial(meta_step.logits_of, policy))
+    logits = np.asarray(forward(params, meta_step.put(batch, policy)), np.float64)
     by_hand = np.mean(np.where(batch.correct > 0, np.log1p(np.exp(-logits)), np.log1p(np.exp(logits))))
     found = []
-    for microbatch in (1, 4, 8):
+    for microbatch in (2, 8):
         recipe = recipe_of(Path("unused"), "unused", batch=8, microbatch=microbatch)
         optimizer = training.make_optimizer(Optimizer(learning_rate=1e-3), 1)
         state = training.start({name: value.copy() for name, value in params.items()}, optimizer, policy.mesh)
@@ -257,6 +259,8 @@ def test_bad_input_is_named(tmp_path, capsys):
     some = write(tmp_path / "some.jsonl", many(6))
     with pytest.raises(ValueError, match="6 held out: none is left"):
         meta.run(recipe_of(tmp_path / "run", some))
+    with pytest.raises(ValueError, match=r"microbatch = 3 does not divide over 2 devices"):
+        meta.begin(recipe_of(tmp_path / "run", some, batch=6, microbatch=3, devices=2))
     with pytest.raises(ValueError, match=r"batch = 10 is no multiple of microbatch = 4"):
         recipe_of(tmp_path, some, batch=10, microbatch=4)
     assert main(["meta_rm", "--output", str(tmp_path / "x")]) == 2

@@ -41,13 +41,17 @@ def test_a_released_head_gives_transformers_logits():
     assert config.scalar
     golden = np.load(folder / "expected.npz")
     graph, _ = split_abstract(config)
+
+    @jax.jit
+    def scalars(params, tokens, positions):
+        model = bind(graph, params)
+        return model.scalars(model(tokens, positions)[0])
+
     for side in ("none", "left", "right"):
         tokens, real, expected = (golden[f"{side}_{name}"] for name in ("tokens", "real", "logits"))
         positions = np.where(real, real.cumsum(-1) - 1, -1).astype(np.int32)
-        model = bind(graph, params)
-        hidden, _ = model(jnp.array(tokens), jnp.array(positions))
         last = np.array([np.flatnonzero(row)[-1] for row in real])
-        found = model.scalars(hidden[np.arange(len(last)), last])
+        found = scalars(params, tokens, positions)[np.arange(len(last)), last]
         np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
 
 
@@ -68,12 +72,18 @@ def test_logits_behind_a_shared_prompt_are_those_of_each_text_alone(guide):
         judgment("", (1, 0)),
     ]
     found = guide.logits(EXAMPLE, judged)
+
+    @jax.jit
+    def alone(params, ids, last):
+        model = bind(guide.model.graph, params)
+        positions = jnp.where(jnp.arange(ids.shape[0]) <= last, jnp.arange(ids.shape[0]), -1)
+        return model.scalars(model(ids[None], positions[None])[0][0, last])
+
     for logit, one in zip(found, judged, strict=True):
         turns = prompts.render(EXAMPLE, one.order, guide.template)
         ids = [id for part in encode_chat(guide.tokenizer, (*turns, Message("assistant", one.text))) for id in part]
-        model = bind(guide.model.graph, guide.model.params)
-        hidden, _ = model(jnp.array([ids]), jnp.arange(len(ids))[None])
-        np.testing.assert_allclose(logit, model.scalars(hidden[0, -1]), atol=1e-5)
+        padded = jnp.array(ids + [0] * (512 - len(ids)))
+        np.testing.assert_allclose(logit, alone(guide.model.params, padded, len(ids) - 1), atol=1e-5)
     assert len({round(logit, 3) for logit in found}) == 4
     assert guide.logits(EXAMPLE, judged[2:3]) == pytest.approx(found[2:3], abs=1e-5)
 

@@ -37,7 +37,7 @@ from grm_jax.train import policy as training
 from grm_jax.train.policy import Policy
 from grm_jax.weights.decoder import load_decoder
 
-_ROWS = 32  # judgments measured at once
+_ROWS = 32  # judgments that a device measures at once
 
 
 def run(recipe: MetaConfig) -> None:
@@ -100,7 +100,8 @@ def split(samples: Sequence[Sample], recipe: MetaConfig) -> tuple[list[Sample], 
 def begin(recipe: MetaConfig) -> Start:
     """The recipe's model with a scalar head, ready to train: a judge's or base's gets one at zero, a meta RM keeps its own.
 
-    Raises FileNotFoundError and ValueError as `grm.load` does, and ValueError for a model without a tokenizer.
+    Raises FileNotFoundError and ValueError as `grm.load` does, and ValueError for a model without a tokenizer and for
+    microbatches that the devices cannot share.
     """
     on_cpu = jax.default_backend() == "cpu"
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
@@ -111,6 +112,12 @@ def begin(recipe: MetaConfig) -> Start:
         model, tokenizer = load_decoder(recipe.model, "float32", recipe.devices)
     if tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer files: put tokenizer.json or tokenizer.model in its folder")
+    devices = model.mesh.shape["data"]
+    if recipe.microbatch % devices:
+        raise ValueError(
+            f"microbatch = {recipe.microbatch} does not divide over {devices} devices: make it a multiple of {devices}, or "
+            "set devices"
+        )
     config = dataclasses.replace(model.config, scalar=True)
     graph, shapes = split_abstract(config)
     params = {name: value for name, value in model.params.items() if name in shapes}
@@ -140,10 +147,11 @@ def logits_of(begun: Start, params: dict[str, jax.Array], encoded: Sequence[tupl
     compute: Callable[[dict, Judged], jax.Array] = jax.jit(functools.partial(meta_step.logits_of, policy))
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
     found = np.zeros(len(encoded), np.float32)
-    for at in range(0, len(order), _ROWS):
-        mine = order[at : at + _ROWS]
-        rows = [encoded[i] for i in np.resize(mine, _ROWS)]
-        batch = meta_batches.batch(rows, [False] * _ROWS, np.ones(_ROWS), slice(None))
+    size = _ROWS * policy.mesh.shape["data"]
+    for at in range(0, len(order), size):
+        mine = order[at : at + size]
+        rows = [encoded[i] for i in np.resize(mine, size)]
+        batch = meta_batches.batch(rows, [False] * size, np.ones(size), slice(None))
         found[mine] = np.asarray(compute(params, meta_step.put(batch, policy)))[: len(mine)]
     return found
 
