@@ -22,7 +22,7 @@ def load(model: str = "smollm2-135m", **options: Any) -> Grm:
 
 
 def load_meta_rm(path: str, **options: Any) -> MetaRm:
-    """A meta RM from a folder, for `grm.score(..., guide=meta_rm.logits)`; see `grm_jax.meta_rm.load`."""
+    """A meta RM from a folder, for `grm.score(..., meta_rm=...)`; see `grm_jax.meta_rm.load`."""
     from grm_jax.meta_rm import load as load_guide
 
     return load_guide(path, **options)

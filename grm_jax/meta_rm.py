@@ -31,7 +31,7 @@ from grm_jax.train.forward import scalars_of
 from grm_jax.weights.decoder import load_decoder
 
 TEMPLATE = "meta_rm"
-_LEAST_TOKENS = 32  # the smallest padded prompt and judgment
+LEAST_TOKENS = 32  # the smallest padded prompt and judgment
 
 
 def text_ids(
@@ -91,7 +91,7 @@ def _padded(groups: dict[tuple[int, ...], list[tuple[int, list[int]]]]) -> tuple
     """Prompts [P, S], lengths [P], judgments [R, T], counts [R], each size a power of two; padding is one token long."""
     rows = [judged for of_prompt in groups.values() for _, judged in of_prompt]
     P, G = power_of_two(len(groups), 1), power_of_two(max(map(len, groups.values())), 1)
-    S, T = (power_of_two(max(map(len, ids)), _LEAST_TOKENS) for ids in (groups, rows))
+    S, T = (power_of_two(max(map(len, ids)), LEAST_TOKENS) for ids in (groups, rows))
     tokens, lengths = np.zeros((P, S), np.int32), np.ones(P, np.int32)
     samples, counts = np.zeros((P, G, T), np.int32), np.ones((P, G), np.int32)
     for p, (ids, judged) in enumerate(groups.items()):

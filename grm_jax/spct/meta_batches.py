@@ -23,7 +23,6 @@ from grm_jax.spct.sample import Sample
 from grm_jax.tokenizer import Tokenizer
 
 WINDOW = 16
-_LEAST_TOKENS = 32  # the smallest padded prompt and judgment
 
 
 class SampleBatches:
@@ -104,7 +103,7 @@ def batch(
     rows: Sequence[tuple[list[int], list[int]]], correct: Sequence[bool], weights: np.ndarray, share: slice
 ) -> Judged:
     """A padded batch of encoded judgments, weights summing to 1 over all rows, and of them the `share`."""
-    S, T = (power_of_two(max(len(row[part]) for row in rows), _LEAST_TOKENS) for part in (0, 1))
+    S, T = (power_of_two(max(len(row[part]) for row in rows), meta_rm.LEAST_TOKENS) for part in (0, 1))
     prompts_RS, texts_RT = np.zeros((len(rows), S), np.int32), np.zeros((len(rows), T), np.int32)
     for r, (ids, judged) in enumerate(rows):
         prompts_RS[r, : len(ids)], texts_RT[r, : len(judged)] = ids, judged

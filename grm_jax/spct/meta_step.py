@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Int
 from grm_jax import losses
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import MetaConfig
-from grm_jax.sharding import batch_sharding
 from grm_jax.train.forward import REMATS, scalars_of
-from grm_jax.train.policy import Policy, State, compiled, moved, split
+from grm_jax.train.policy import Policy, State, compiled, moved, split, spread
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +80,4 @@ def make_step(policy: Policy, recipe: MetaConfig, optimizer: optax.GradientTrans
 
 def put(batch: Judged, policy: Policy) -> Judged:
     """A batch of host arrays on the mesh, rows spread over its data axis."""
-    spread = batch_sharding(policy.mesh)
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Judged)}
-    return Judged(**{name: jax.make_array_from_process_local_data(spread, value) for name, value in values.items()})
+    return spread(batch, policy.mesh)

@@ -8,7 +8,6 @@ Shapes: B packed rows, T tokens, M microbatches.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,9 +19,8 @@ from grm_jax import losses
 from grm_jax.data.packing import Packed
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import RftConfig
-from grm_jax.sharding import batch_sharding
 from grm_jax.train.forward import REMATS, of_packed
-from grm_jax.train.policy import Policy, State, compiled, moved, split
+from grm_jax.train.policy import Policy, State, compiled, moved, split, spread
 
 Step = Callable[[State, Params, Packed], tuple[State, dict[str, Float[Array, ""]]]]
 
@@ -58,6 +56,4 @@ def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransf
 
 def put(batch: Packed, policy: Policy) -> Packed:
     """A batch of host arrays on the mesh, rows spread over its data axis."""
-    spread = batch_sharding(policy.mesh)
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Packed)}
-    return Packed(**{name: jax.make_array_from_process_local_data(spread, value) for name, value in values.items()})
+    return spread(batch, policy.mesh)

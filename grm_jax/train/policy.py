@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.decoder import Params
 from grm_jax.recipes import Lora, Optimizer
-from grm_jax.sharding import replicated
+from grm_jax.sharding import batch_sharding, replicated
+
+Batch = TypeVar("Batch")
 
 # By default XLA orders a program for the CPU by how much of it can run side by side: what `remat` computes again is then
 # computed early and held, and saves nothing (docs/LOG.md).
@@ -124,6 +126,12 @@ def moved(
     """Parameters and optimizer state after one update, and the gradients' global norm before clipping."""
     updates, after = optimizer.update(grads, state.optimizer, state.params)
     return optax.apply_updates(state.params, updates), after, optax.tree.norm(grads)
+
+
+def spread(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """A pytree of host arrays on the mesh, rows spread over its data axis."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
 
 
 def split(x: Array, parts: int, group: int = 1) -> Array:
