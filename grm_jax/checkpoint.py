@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -288,11 +289,13 @@ def _attempt(read: Callable[[], Value]) -> Value | _Fault:
     """What `read` gives, or why the step is damaged; errors that do not mean damage are raised."""
     before = sys.unraisablehook
     sys.unraisablehook = before if isinstance(before, _AbandonedReadsUnsaid) else _AbandonedReadsUnsaid(before)
-    found = _caught(read)
-    if isinstance(found, _Fault):
-        gc.collect()  # the other reads, now; some end later, in Tensorstore's threads, so the hook stays
-    else:
-        sys.unraisablehook = before
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        found = _caught(read)
+        if isinstance(found, _Fault):
+            gc.collect()  # the other reads, now; some end later, in Tensorstore's threads, so the hook stays
+        else:
+            sys.unraisablehook = before
     return found
 
 
@@ -309,13 +312,17 @@ def _caught(read: Callable[[], Value]) -> Value | _Fault:
 
 @dataclasses.dataclass(frozen=True)
 class _AbandonedReadsUnsaid:
-    """When a read fails, Orbax leaves the step's other reads, and Python would print a page about each as it ends."""
+    """When a read fails, Orbax leaves the step's other reads, and Python would print a page about each as it ends.
+
+    Some have not even begun: where warnings are errors, what Python warns of such a coroutine comes here too.
+    """
 
     otherwise: Callable[[Any], object]
 
     def __call__(self, ignored: Any) -> None:
         said = str(ignored.exc_value)
-        if "while reading array index" not in said and said != "Event loop is closed":
+        begun = "while reading array index" in said or said == "Event loop is closed"
+        if not begun and not said.endswith("was never awaited"):
             self.otherwise(ignored)
 
 

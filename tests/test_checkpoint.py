@@ -211,6 +211,24 @@ def test_a_damaged_step_is_put_aside_and_can_be_saved_again(tmp_path, two_steps,
     assert (folder / "checkpoints/damaged-2").is_dir()
 
 
+def test_reads_that_never_began_are_not_told_of(tmp_path, two_steps, lines, monkeypatch):
+    """Orbax leaves them behind when another read fails; whoever collects them is warned, and pytest makes it an error."""
+
+    async def read():
+        raise AssertionError("never begun")
+
+    def restore(*args, **kwargs):
+        abandoned = [read()]
+        abandoned.append(abandoned)  # a cycle, as a task's frames are: it goes when garbage is collected
+        raise ValueError("NOT_FOUND")
+
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    with opened(tmp_path) as saver:
+        monkeypatch.setattr(type(saver.manager), "restore", restore)
+        assert saver.restore(abstract(state_of(0))) is None
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_flipped_byte_of_any_file_is_seen_or_without_effect(tmp_path, two_steps, times):
     """No byte of step 2 can be flipped so that something else is restored as step 2."""
