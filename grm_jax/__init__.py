@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
 
 if TYPE_CHECKING:
+    from grm_jax.baselines import BradleyTerry, Cloud, PairRm
     from grm_jax.grm import Grm
     from grm_jax.meta_rm import MetaRm
 
 __version__ = "0.1.0"
-__all__ = ["Example", "Grm", "Judgment", "Message", "Usage", "Verdict", "load", "load_meta_rm"]
+__all__ = ["Example", "Grm", "Judgment", "Message", "Usage", "Verdict", "load", "load_baseline", "load_meta_rm"]
 
 
 def load(model: str = "smollm2-135m", **options: Any) -> Grm:
@@ -26,6 +27,13 @@ def load_meta_rm(path: str, **options: Any) -> MetaRm:
     from grm_jax.meta_rm import load as load_guide
 
     return load_guide(path, **options)
+
+
+def load_baseline(kind: str, path: str, **options: Any) -> BradleyTerry | PairRm | Cloud:
+    """A scalar reward model, of kind "bradley_terry", "pair_rm" or "cloud"; see `grm_jax.baselines.load`."""
+    from grm_jax.baselines import load as load_scalar
+
+    return load_scalar(kind, path, **options)
 
 
 def __getattr__(name: str) -> Any:

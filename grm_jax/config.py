@@ -14,6 +14,7 @@ import tyro
 
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
+Baseline = Literal["bradley_terry", "pair_rm", "cloud"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class JudgeSettings:
     """a template's name or file; by default the one for the number of responses"""
     slots: int = 32
     """samples decoded at once"""
+    expected_scores: bool = False
+    """sum each score's mean under the model's probabilities; a choice of one response is weighed by its probability"""
     k_meta: int | None = None
     """judgments that a meta RM keeps; by default half of them, and at least one"""
     stop_risk: float | None = None
@@ -54,6 +57,16 @@ class JudgeSettings:
             raise ValueError(f"seed = {self.seed}: it has to be 0 to 2^32 - 1")
         if self.stop_risk is not None and not 0 <= self.stop_risk < 1:
             raise ValueError(f"stop_risk = {self.stop_risk}: it is a probability, 0 to below 1")
+
+    def check_vote(self, guided: bool) -> None:
+        """Raise ValueError for settings that a vote, guided by a meta RM or not, cannot have together."""
+        if self.stop_risk is not None and (guided or self.expected_scores):
+            other = "a meta RM" if guided else "expected_scores"
+            raise ValueError(
+                f"stop_risk = {self.stop_risk} and {other}: the risk is that of the plain vote, give one of them"
+            )
+        if self.k_meta is not None and not guided:
+            raise ValueError(f"k_meta = {self.k_meta} without a meta RM, which chooses them: give one, --meta-rm DIR")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
@@ -81,6 +94,10 @@ class ScoreConfig(JudgeSettings):
     """an embedded model's name, a Hugging Face folder or a .gguf file"""
     meta_rm: str | None = None
     """a folder of the command `meta_rm`, or a Hugging Face classifier of one label, that guides the vote"""
+    baseline: Baseline | None = None
+    """what `model` is instead of a judge: a reward model with a scalar head (`bradley_terry` takes released ones)"""
+    critic: str | None = None
+    """of `--baseline cloud`: the model that writes the critiques"""
     dtype: Dtype | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     devices: int | None = None
@@ -96,13 +113,18 @@ class ScoreConfig(JudgeSettings):
         super().__post_init__()
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices = {self.devices}: it has to be at least 1")
-        if self.stop_risk is not None and self.meta_rm:
+        self.check_vote(guided=self.meta_rm is not None)
+        if (self.critic is not None) != (self.baseline == "cloud"):
             raise ValueError(
-                f"stop_risk = {self.stop_risk} and meta_rm = {self.meta_rm}: the risk is that of the plain vote, give one "
-                "of them"
+                f"critic = {self.critic} and baseline = {self.baseline}: cloud has a critic, and nothing else; give "
+                "--baseline cloud --model HEAD --critic MODEL"
             )
-        if self.k_meta is not None and not self.meta_rm:
-            raise ValueError(f"k_meta = {self.k_meta} without a meta RM, which chooses them: give --meta-rm DIR too")
+        unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(self, name) is not None]
+        if self.baseline and (unused or self.expected_scores):
+            name = (unused or ["expected_scores"])[0]
+            raise ValueError(
+                f"{name} = {getattr(self, name)}: baseline {self.baseline} has no use for it, leave it out"
+            )
         same = os.path.realpath(self.input) == os.path.realpath(self.output)
         if same and self.input != "-":
             raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")

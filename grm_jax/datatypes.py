@@ -40,7 +40,9 @@ class Judgment:
     `order[i]` is the index of the response shown in position i. `forced`: the model wrote no valid box by itself, and
     the scores were sampled under the automaton's mask. `tokens` counts sampled and forced tokens; `log_prob` sums the
     log-probability of the sampled ones, under the distribution that they were drawn from. Where a meta RM guided the vote,
-    `logit` is what it gave the judgment, and `kept` whether the judgment is in the verdict's sums.
+    `logit` is what it gave the judgment, and `kept` whether the judgment is in the verdict's sums. `values` are what the
+    verdict sums where that is something else than `scores`, a number a response: expected scores, a choice weighted by
+    its probability, rewards of a value head.
     """
 
     text: str
@@ -52,6 +54,12 @@ class Judgment:
     log_prob: float
     logit: float | None = None
     kept: bool | None = None
+    values: tuple[float, ...] | None = None
+
+    @property
+    def voted(self) -> tuple[int, ...] | tuple[float, ...] | None:
+        """What a vote sums: the values, or the scores where there are none."""
+        return self.scores if self.values is None else self.values
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,9 @@ class Usage:
 class Verdict:
     """The vote over k judgments of an example (Eq. 14).
 
-    `scores[i]` sums response i's score over the valid judgments, and with a meta RM over those that it kept; `best` is
-    the index of the highest sum (the first of them when `tie`). `votes` is k, `valid` how many judgments had scores: when
-    it is 0 the verdict is a tie of all.
+    `scores[i]` sums response i's score (or value) over the valid judgments, and with a meta RM over those that it kept;
+    `best` is the index of the highest sum (the first of them when `tie`). `votes` is k, `valid` how many judgments had
+    scores: when it is 0 the verdict is a tie of all.
     """
 
     id: str

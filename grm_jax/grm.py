@@ -27,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grm_jax import prompts, scores, stopping, voting
+from grm_jax import expected, neutral, prompts, reading, stopping
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
 from grm_jax.models.decoder import Model, bind
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
+from grm_jax.verdicts import verdict
 from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
 from grm_jax.weights.decoder import load_decoder
 from grm_jax.weights.embedded import EMBEDDED
@@ -116,8 +117,10 @@ class Grm:
 
         template_of: what shows an example; by default `template` of its number of responses. hint_of: the truth that is
         told at the end of an example's prompt (hinted sampling, section 3.1). meta_rm: as in `score`. Raises ValueError:
-        ids that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit.
+        ids that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit,
+        settings that the vote cannot have together.
         """
+        settings.check_vote(guided=meta_rm is not None)
         seen: set[str] = set()
         for example in examples:
             if example.id in seen:
@@ -130,10 +133,12 @@ class Grm:
         mixed = len({template_of(example) for example in examples}) > 1
         window = _WINDOW if mixed else max(len(examples), 1)  # verdicts of a mixed file stay near their order
         for start in range(0, len(examples), window):
-            by_template: dict[prompts.Template, list[Example]] = {}
+            alike: dict[tuple[prompts.Template, int], list[Example]] = {}
             for example in examples[start : start + window]:
-                by_template.setdefault(template_of(example), []).append(example)
-            for template, group in by_template.items():
+                template = template_of(example)
+                among = len(example.responses) if template.kind == "choice" else 0  # what its box may hold
+                alike.setdefault((template, among), []).append(example)
+            for (template, _), group in alike.items():
                 for example, judgments, usage in _in_rounds(self, template, group, settings, hint_of):
                     logits = meta_rm.logits(example, judgments) if meta_rm else None
                     yield verdict(example, judgments, usage, logits, settings.k_meta)
@@ -215,7 +220,7 @@ def _prepare(
 ) -> _Task:  # fmt: skip
     """Cut, render and tokenise an example's distinct prompts, for the samples of these numbers."""
     tokenizer, n = grm.need_tokenizer(), len(example.responses)
-    numbers = n if forcing else 0
+    numbers = reading.numbers_of(template, n)[0] if forcing else 0
     room = settings.max_new_tokens + (forcing.budget(numbers) if forcing else 0)
     if hint is not None:
         room += _hint_tokens(tokenizer, template, example, hint)
@@ -268,14 +273,10 @@ def _judge_with(
 ) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
     """Judge examples that share a template: each with its samples of these numbers, when all of them are in."""
     tokenizer = grm.need_tokenizer()
-    forcing = None
-    if settings.force_scores:
-        most = max(len(example.responses) for example in examples)
-        forcing = Forcing(
-            scores.force_table(grm.token_bytes, most, template.low, template.high),
-            tuple(tokenizer.encode_plain(scores.FORCE_TAIL)),
-            lambda ids, n: scores.parse(tokenizer.decode(ids), n, template.low, template.high)[0] is not None,
-        )
+    forcing, table = _forcing(grm, template, examples, settings), None
+    if settings.expected_scores and template.kind != "text":
+        _, low, high = reading.numbers_of(template, len(examples[0].responses))
+        table = expected.number_table(grm.token_bytes, low, high)
     hints = (hint_of(example) if hint_of else None for example in examples)
     prepared = (_prepare(grm, template, e, settings, forcing, h, drawn) for e, h in zip(examples, hints, strict=True))
     peeked = list(itertools.islice(prepared, _PEEK))
@@ -291,14 +292,44 @@ def _judge_with(
     plan = _plan(examples, settings, len(drawn))
     key = jax.random.key(settings.seed, impl="threefry2x32")
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, tokenizer.eos_ids)
-    for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing):
+    for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing, table):
         task = task_of[id(completion.request)]
         task.started.append(time.monotonic() - completion.seconds)
-        task.done[completion.sample] = _judgment(tokenizer, template, task, completion)
+        judgment = _judgment(tokenizer, template, task, completion)
+        if table is not None and judgment.scores is not None:
+            judgment = dataclasses.replace(judgment, values=_values(grm, template, table, judgment, completion))
+        task.done[completion.sample] = judgment
         if len(task.done) == len(drawn):
             for request in task.requests:
                 del task_of[id(request)]
             yield task.example, [task.done[j] for j in drawn], _usage(task)
+
+
+def _forcing(grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings) -> Forcing | None:
+    """How scores are forced, where they are to be and the template has any."""
+    if not settings.force_scores or template.kind == "text":
+        return None
+    tokenizer, most = grm.need_tokenizer(), max(len(example.responses) for example in examples)
+    among = (
+        most if template.kind == "choice" else None
+    )  # all examples have as many responses then, and the box one number
+    return Forcing(
+        reading.force_table(template, grm.token_bytes, most),
+        tuple(tokenizer.encode_plain(reading.tail_of(template))),
+        lambda ids, n: reading.parse(template, tokenizer.decode(ids), among or n)[0] is not None,
+    )
+
+
+def _values(
+    grm: Grm, template: prompts.Template, table: expected.NumberTable, judgment: Judgment, completion: Completion
+) -> tuple[float, ...]:
+    """Expected scores in the example's own order; of a choice, its probability for the response chosen, 0 for others."""
+    count, _, _ = reading.numbers_of(template, len(judgment.order))
+    tokens = [grm.token_bytes[id] for id in completion.tokens]
+    found, shares = expected.means(table, tokens, completion.masses, count)
+    if template.kind == "choice":
+        return tuple(shares[0] * score for score in judgment.scores)
+    return tuple(found[judgment.order.index(i)] for i in range(len(judgment.order)))
 
 
 def _plan(examples: list[Example], settings: JudgeSettings, votes: int) -> Plan:
@@ -320,12 +351,12 @@ def _judgment(
     """A completion read: its scores, put back into the example's own order, or the reason why there are none."""
     order = task.orders[completion.sample]
     text = tokenizer.decode(completion.tokens)
-    shown, reason = scores.parse(text, len(order), template.low, template.high)
+    shown, reason = reading.parse(template, text, len(order))
     own = None
     if shown is not None:
         own = tuple(shown[order.index(i)] for i in range(len(order)))
     return Judgment(
-        text=prompts.restore(text),
+        text=neutral.restore(text),
         scores=own,
         reason=reason,
         order=order,
@@ -341,39 +372,6 @@ def _usage(task: _Task) -> Usage:
         completion_tokens=sum(judgment.tokens for judgment in task.done.values()),
         seconds=time.monotonic() - min(task.started),
         cut_tokens=task.cut_tokens,
-    )
-
-
-def verdict(
-    example: Example, judgments: Sequence[Judgment], usage: Usage, logits: Sequence[float] | None = None,
-    k_meta: int | None = None,
-) -> Verdict:  # fmt: skip
-    """The vote over an example's judgments (Eq. 14): a failed parse is left out, and when all fail it is a tie of all.
-
-    logits: a meta RM's, one a judgment; the k_meta judgments with the highest ones are then summed alone.
-    """
-    n = len(example.responses)
-    table = np.array([judgment.scores or (0,) * n for judgment in judgments], np.int32)
-    valid = np.array([judgment.scores is not None for judgment in judgments])
-    given = table[None], valid[None], np.array([n], np.int32)
-    if logits is None:
-        tally = voting.vote_batch(*given)
-    else:
-        tally, chosen = voting.guided_batch(*given, np.array([logits], np.float32), k_meta)
-        judgments = [
-            dataclasses.replace(judgment, logit=float(logit), kept=bool(kept))
-            for judgment, logit, kept in zip(judgments, logits, np.asarray(chosen)[0, -1], strict=True)
-        ]
-    sums, best, tie = jax.device_get((tally.sums, tally.best, tally.tie))
-    return Verdict(
-        id=example.id,
-        scores=tuple(float(s) for s in sums[0, -1, :n]),
-        best=int(best[0, -1]),
-        tie=bool(tie[0, -1]),
-        votes=len(judgments),
-        valid=int(valid.sum()),
-        judgments=tuple(judgments),
-        usage=usage,
     )
 
 

@@ -41,6 +41,22 @@ def bce(logits: Float[Array, "R"], labels: Float[Array, "R"], weights: Float[Arr
     return -jnp.sum(weights * (labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)))
 
 
+def bradley_terry(
+    scalars: Float[Array, "R"], correct: Float[Array, "R"], weights: Float[Array, "R"]
+) -> Float[Array, ""]:
+    """-sum(w * log sigmoid(r_better - r_worse)) over pairs of rows (2i, 2i + 1); a pair weighs what its rows do together.
+
+    Bradley and Terry, 1952, as in arXiv 2203.02155, Eq. 1. correct: 1 for a pair's better row, 0 for the other.
+    """
+    ahead = (scalars * (2 * correct - 1)).reshape(-1, 2).sum(axis=1)
+    return -jnp.sum(weights.reshape(-1, 2).sum(axis=1) * jax.nn.log_sigmoid(ahead))
+
+
+def better_first(scalars: Float[Array, "R"], correct: Float[Array, "R"]) -> Bool[Array, "R"]:
+    """Whether the better row of each pair (2i, 2i + 1) has the higher scalar; said of both rows."""
+    return jnp.repeat((scalars * (2 * correct - 1)).reshape(-1, 2).sum(axis=1) > 0, 2)
+
+
 def _deviation(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """r - mean(r) within each group; exactly 0 where all of a group are equal."""
     equal = jnp.all(rewards == rewards[:, :1], axis=1, keepdims=True)

@@ -64,18 +64,45 @@ def meta_rm(args: Sequence[str]) -> None:
     run(recipe)
 
 
+def bradley_terry(args: Sequence[str]) -> None:
+    """baseline: train one reward a response, on preferences"""
+    recipe = recipes.load(recipes.PairsConfig, args, "grm_jax.main bradley_terry")
+    from grm_jax.spct import baselines
+
+    baselines.bradley_terry(recipe)
+
+
+def pair_rm(args: Sequence[str]) -> None:
+    """baseline: train a scalar that says which of two responses is better"""
+    recipe = recipes.load(recipes.PairsConfig, args, "grm_jax.main pair_rm")
+    from grm_jax.spct import baselines
+
+    baselines.pair_rm(recipe)
+
+
+def cloud(args: Sequence[str]) -> None:
+    """baseline: train a value head that reads a critic's critiques"""
+    recipe = recipes.load(recipes.CloudConfig, args, "grm_jax.main cloud")
+    from grm_jax.spct import baselines
+
+    baselines.cloud(recipe)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "sample": sample,
     "rft": rft,
     "rl": rl,
     "meta_rm": meta_rm,
+    "bradley_terry": bradley_terry,
+    "pair_rm": pair_rm,
+    "cloud": cloud,
     "bench": bench,
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:14}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: python -m grm_jax.main COMMAND [--help] ...", "", "commands:", *lines])
 
 

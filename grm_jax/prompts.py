@@ -1,17 +1,10 @@
 r"""From an example to the chat turns that a judge reads.
 
-1. `load_template` reads a template file: a header with the range of the scores, then turns (`=== user` lines split the
-   SOURCE, so that no text of an example can open a turn), each a Jinja2 text rendered in the sandbox.
+1. `load_template` reads a template file: a header that says what the judge writes, then turns (`=== user` lines split
+   the SOURCE, so that no text of an example can open a turn), each a Jinja2 text rendered in the sandbox.
 2. `fit` shortens an example whose prompt is over the limit: the middle of the longest response first, always marked.
 3. `render` fills the template with the conversation and the responses in the order asked for. Text that is not the
-   template's own goes through `neutralise`, so that it cannot pass for a marker, a score box or a control token.
-
-The escape. E is U+2060, an invisible character. `neutralise` doubles each E of the text, then puts one E behind the
-first character of each imitation. An imitation is at least two characters, none of them an E; so an inserted E stands
-alone between two other characters, runs of doubled ones have even length, and `restore`, which turns EE to E and drops
-a lone E, is exact for every text. The patterns look at no context and their matches hold no E, so a match left in the
-result would be a match of the text that was not broken: there is none, overlapping imitations included. No reversible
-escape is also idempotent (it would be the identity): neutralising twice is safe and takes two `restore` calls.
+   template's own goes through `neutral.neutralise`, so that it cannot pass for a marker, a score box or a control token.
 
 Markers: docs/spct.md section 2. Departure: instructions, criteria and output format stand before the conversation,
 so that all prompts of a run share the longest head.
@@ -23,12 +16,13 @@ import functools
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from grm_jax.datatypes import Example, Message
+from grm_jax.neutral import neutralise
 
 if TYPE_CHECKING:
     import jinja2
@@ -44,20 +38,23 @@ VARIABLES = frozenset({"messages", "conversation", "responses", "response", "n",
 FLOOR = 128  # characters that a cut leaves of a text at least, its mark included
 TRIES = 16  # prompts counted per search for the cut
 
-_HEADER = re.compile(r"\s*\{#\s*(?:name:\s*([\w.-]+)\s*;\s*)?scores:\s*(\d+)\s*\.\.\s*(\d+)\s*#\}[ \t]*\n")
-ESCAPE = "\u2060"  # word joiner: invisible, and no part of any marker
-# Invisible too, but not the escape.
-_UNSEEN = r"\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2061-\u2069\ufe00-\ufe0f\ufeff"
-_SECTIONS = ("conversation context", "responses to be scored", "response to be scored", "output format requirements")
-_HEADINGS = (*_SECTIONS, "evaluation criteria", "reference answer")
-_LABELS = ("specific criteria", "analysis", "scores", "user", "assistant", "system")
+Kind = Literal["scores", "choice", "text"]
+_HEADER = re.compile(
+    r"\s*\{#\s*(?:name:\s*(?P<name>[\w.-]+)\s*;\s*)?"
+    r"(?:scores:\s*(?P<low>\d+)\s*\.\.\s*(?P<high>\d+)|(?P<kind>choice|text))\s*#\}[ \t]*\n"
+)
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template file: scores run from `low` to `high`; each turn's content is Jinja2 source over `variables`."""
+    """A template file; each turn's content is Jinja2 source over `variables`.
+
+    What its box holds: `scores`, one a response, from `low` to `high`; or a `choice`, the best response's number, which is
+    read as the score 1 for that response and 0 for the others; a `text` has no box.
+    """
 
     name: str
+    kind: Kind
     low: int
     high: int
     turns: tuple[Message, ...]
@@ -78,73 +75,6 @@ class Hint:
     score: float | None = None
 
 
-def _spaced(text: str) -> str:
-    """A regex for `text` with invisible characters anywhere, spaces and emphasis where it has spaces, or none there."""
-    gap = rf"[\s*_{_UNSEEN}]*"
-    return gap.join(f"[{_UNSEEN}]*".join(map(re.escape, word)) for word in text.split())
-
-
-@functools.cache
-def _imitations() -> re.Pattern[str]:
-    r"""Starts of all markers in folded text. Every alternative begins with a literal and looks at no context."""
-    headings = [_spaced(f"# {heading}") for heading in _HEADINGS]
-    responses = [_spaced(f"[ the {edge} of response").replace(r"\[", r"[\[【〔〖⟦]", 1) for edge in ("begin", "end")]
-    labels = [_spaced(f"{label} :") for label in _LABELS]
-    return re.compile("|".join([*headings, *responses, *labels, _spaced("boxed {")]))
-
-
-@functools.lru_cache(maxsize=8)
-def _controls(controls: tuple[str, ...]) -> re.Pattern[str] | None:
-    for control in controls:
-        if ESCAPE in control:
-            raise ValueError(f"control {control!r} holds U+2060, the escape of neutralise; leave it out of `controls`")
-    # One character cannot be broken; a tokenizer with such a special (a pad "!") uses it as ordinary text as well.
-    breakable = [re.escape(control) for control in controls if len(control) > 1]
-    return re.compile("|".join(breakable)) if breakable else None
-
-
-def _fold(text: str) -> str:
-    """Lower case, full-width and styled letters as plain ones; the same length, so that positions carry over."""
-    if text.isascii():
-        return text.lower()
-    folded = {char: unicodedata.normalize("NFKC", char).lower() for char in set(text)}
-    return text.translate({ord(char): plain for char, plain in folded.items() if len(plain) == 1})
-
-
-def _starts(pattern: re.Pattern[str], text: str) -> Iterator[int]:
-    at = 0
-    while match := pattern.search(text, at):  # from the next character on: overlapping matches count too
-        yield match.start()
-        at = match.start() + 1
-
-
-def imitations(text: str, controls: tuple[str, ...] = ()) -> list[int]:
-    """Positions in `text` where an imitation of a marker, of a score box or of one of `controls` begins, in order."""
-    found = set(_starts(_imitations(), _fold(text)))
-    if pattern := _controls(controls):
-        found.update(_starts(pattern, text))
-    return sorted(found)
-
-
-def neutralise(text: str, controls: tuple[str, ...] = ()) -> str:
-    """The text with every imitation broken by an invisible U+2060; `restore` gives the text back, for every text.
-
-    Markers are found in any case, spacing, emphasis and Unicode width; `controls` (the tokenizer's special tokens)
-    exactly as written. Controls of one character stay. Raises ValueError for a control that holds U+2060.
-    """
-    text = text.replace(ESCAPE, ESCAPE * 2)
-    pieces, at = [], 0
-    for start in imitations(text, controls):
-        pieces.append(text[at : start + 1])
-        at = start + 1
-    return ESCAPE.join([*pieces, text[at:]])
-
-
-def restore(text: str) -> str:
-    """Undo one `neutralise`: a lone U+2060 goes, of two one stays."""
-    return re.sub(f"{ESCAPE}({ESCAPE}?)", r"\1", text)
-
-
 @functools.cache
 def _environment() -> jinja2.Environment:
     import jinja2
@@ -154,27 +84,47 @@ def _environment() -> jinja2.Environment:
 
 
 def load_template(name_or_path: str, boxed: bool = True) -> Template:
-    """A template of the package by its name, or one from a local file; not `boxed`: it asks for no scores (a meta RM's).
+    """A template of the package by its name, or one from a local file; not `boxed`: a text's (a meta RM's, a critic's).
 
-    Raises ValueError: an unknown name (lists the known ones); a file without header, turns, needed markers or needed
-    variables, or with broken Jinja2 (file, line and rule).
+    Raises ValueError: an unknown name (lists the known ones); a file of the other kind, without header, turns, needed
+    markers or needed variables, or with broken Jinja2 (file, line and rule).
     """
-    known = sorted(path.stem for path in TEMPLATES.glob("*.txt"))
-    path = TEMPLATES / f"{name_or_path}.txt" if name_or_path in known else Path(name_or_path)
+    path = template_path(name_or_path)
     try:
-        source_bytes = path.read_bytes()
-        source = source_bytes.decode("utf-8-sig").replace("\r\n", "\n")
+        source = path.read_bytes()
     except OSError as error:
+        known = sorted(path.stem for path in TEMPLATES.glob("*.txt"))
         raise ValueError(f"no template {name_or_path!r} ({error.strerror}); give a file or one of {known}") from error
+    return read_template(source, str(path), boxed)
+
+
+def template_path(name_or_path: str) -> Path:
+    """Where a template of that name, or the file, is."""
+    packaged = TEMPLATES / f"{name_or_path}.txt"
+    return packaged if packaged in TEMPLATES.glob("*.txt") else Path(name_or_path)
+
+
+def read_template(source_bytes: bytes, path: str, boxed: bool = True) -> Template:
+    """The template in a file's bytes. Raises ValueError as `load_template` does; `path` names the file."""
+    try:
+        source = source_bytes.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is no UTF-8; a template is UTF-8 text: convert it") from error
     header = _HEADER.match(source)
-    if header is None or int(header[2]) >= int(header[3]):
+    if header is None or (not header["kind"] and int(header["low"]) >= int(header["high"])):
         raise _broken(path, 1, f"begins with {source[:40]!r}; a template begins with a line {{# scores: 1..10 #}}")
+    kind: Kind = header["kind"] or "scores"
+    if boxed == (kind == "text"):
+        asked = (
+            "scores or a choice, this one a text" if boxed else f"a text, this one {kind}: begin it with {{# text #}}"
+        )
+        raise _broken(path, 1, f"a template for this asks for {asked}")
     turns = _split_turns(path, source, header.end())
     variables = _check_turns(path, turns, boxed)
+    low, high = (0, 1) if header["kind"] else (int(header["low"]), int(header["high"]))
     sha256 = hashlib.sha256(source_bytes).hexdigest()
-    return Template(header[1] or path.stem, int(header[2]), int(header[3]), tuple(turns.values()), variables, sha256)
+    name = header["name"] or Path(path).stem
+    return Template(name, kind, low, high, tuple(turns.values()), variables, sha256)
 
 
 def template_for(n: int, demos: bool) -> Template:
@@ -184,11 +134,11 @@ def template_for(n: int, demos: bool) -> Template:
     return load_template(("listwise" if n > 1 else "single") + ("_demos" if demos else ""))
 
 
-def _broken(path: Path, line: int, rule: str) -> ValueError:
+def _broken(path: str, line: int, rule: str) -> ValueError:
     return ValueError(f"{path}:{line}: {rule}")
 
 
-def _split_turns(path: Path, source: str, start: int) -> dict[int, Message]:
+def _split_turns(path: str, source: str, start: int) -> dict[int, Message]:
     """The turns, by the line that each one's text begins at; their roles are those of a chat, the last the user's."""
     before, *pieces = re.split(r"^===[ \t]+(\S+)[ \t]*$\n?", source[start:], flags=re.MULTILINE)
     line = source.count("\n", 0, start) + 1
@@ -208,7 +158,7 @@ def _split_turns(path: Path, source: str, start: int) -> dict[int, Message]:
     return turns
 
 
-def _check_turns(path: Path, turns: dict[int, Message], boxed: bool) -> frozenset[str]:
+def _check_turns(path: str, turns: dict[int, Message], boxed: bool) -> frozenset[str]:
     """The variables that the turns use. Raises ValueError for broken Jinja2 and missing or unknown parts."""
     import jinja2
     from jinja2 import meta, nodes
@@ -329,6 +279,14 @@ def fit(
     def tokens(candidate: Example) -> int:
         return count(render(candidate, order, template, controls=controls)) + spare
 
+    return cut_to(example, limit, tokens, f"a shorter template than {template.name!r}, or fewer responses")
+
+
+def cut_to(example: Example, limit: int, tokens: Callable[[Example], int], otherwise: str) -> tuple[Example, int]:
+    """The example cut, as `fit` says, so that `tokens` of it are at most `limit`, and how many that removed.
+
+    Raises ValueError when there are more with every text at its floor; `otherwise`: what helps besides a longer context.
+    """
     before = longest = tokens(example)
     if before <= limit:
         return example, 0
@@ -344,7 +302,7 @@ def fit(
         example, longest = shortest, least
     raise ValueError(
         f"the prompt of {example.id!r} has {longest} tokens with every text cut to {FLOOR} characters; the limit is "
-        f"{limit}: use a model with a longer context, a shorter template than {template.name!r}, or fewer responses"
+        f"{limit}: use a model with a longer context, {otherwise}"
     )
 
 

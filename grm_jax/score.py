@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def run(config: ScoreConfig) -> None:
     if bad:
         logger.warning("%d bad rows left out, the first: %s", len(bad), bad[0])
     examples = _that_fit_templates(examples, config)
-    for model in (config.model, config.meta_rm):
+    for model in (config.model, config.meta_rm, config.critic):
         if model:
             _check_model(model)
     with open_writer(config.output, examples, _settings(config), config.overwrite) as writer:
@@ -46,19 +46,12 @@ def run(config: ScoreConfig) -> None:
             logger.info("%d of %d verdicts are in %s already", len(writer.finished), len(examples), config.output)
         if not waiting:
             return
-        from grm_jax.grm import load
-
         started = time.monotonic()
-        grm = load(config.model, config.dtype, config.devices)
+        judged = _judge_of(config)
         logger.info("loaded %s in %.1f s; %d examples to judge", config.model, time.monotonic() - started, len(waiting))
         started, verdicts = time.monotonic(), []
-        guide = None
-        if config.meta_rm:
-            from grm_jax import meta_rm
-
-            guide = meta_rm.load(config.meta_rm, config.dtype, config.devices)
         with _progress(len(waiting)) as progress:
-            for verdict in grm.judge(waiting, judge_settings(config), meta_rm=guide):
+            for verdict in judged(waiting):
                 writer.write(verdict)
                 progress.add(verdict)
                 verdicts.append(verdict if config.show else dataclasses.replace(verdict, judgments=()))
@@ -67,8 +60,33 @@ def run(config: ScoreConfig) -> None:
         show(examples, verdicts, Console(file=sys.stdout if config.output != "-" else sys.stderr))
 
 
+def _judge_of(config: ScoreConfig) -> Callable[[list[Example]], Iterator[Verdict]]:
+    """Load what the config names, and give what turns examples into verdicts."""
+    settings, place = judge_settings(config), (config.dtype, config.devices)
+    if config.baseline:
+        from grm_jax import baselines
+
+        loaded = baselines.load(config.baseline, config.model, *place, critic=config.critic)
+        return lambda examples: loaded.judge(examples, settings)
+    from grm_jax import meta_rm
+    from grm_jax.grm import load
+
+    guide = meta_rm.load(config.meta_rm, *place) if config.meta_rm else None
+    grm = load(config.model, *place)
+    return lambda examples: grm.judge(examples, settings, meta_rm=guide)
+
+
 def _that_fit_templates(examples: list[Example], config: ScoreConfig) -> list[Example]:
     """The examples that their template has places for. Raises DataError naming the others, unless they may be left out."""
+    if config.baseline:  # these choose their own; a pair RM alone cannot show everything
+        lone = [example.id for example in examples if len(example.responses) < 2 and config.baseline == "pair_rm"]
+        if lone and (not config.skip_bad or len(lone) == len(examples)):
+            raise DataError(
+                f"{len(lone)} rows have one response, the first {lone[0]!r}: a pair RM compares two or more", []
+            )
+        if lone:
+            logger.warning("%d rows of one response left out, the first: %s", len(lone), lone[0])
+        return [example for example in examples if example.id not in set(lone)]
     template_of = {
         n: prompts.load_template(config.template) if config.template else prompts.template_for(n, demos=False)
         for n in {len(example.responses) for example in examples}
@@ -106,8 +124,9 @@ def _settings(config: ScoreConfig) -> dict[str, object]:
     """What a verdict depends on: a run that goes on must agree in all of it. Batch size and devices are not in it."""
     settings = dataclasses.asdict(judge_settings(config)) | {"model": config.model, "dtype": config.dtype}
     del settings["slots"]
-    if config.meta_rm:
-        settings["meta_rm"] = config.meta_rm
+    for name in ("meta_rm", "baseline", "critic"):
+        if (value := getattr(config, name)) is not None:
+            settings[name] = value
     if config.template:
         settings["template"] = f"{config.template} sha256 {prompts.load_template(config.template).sha256}"
     return settings
@@ -188,13 +207,13 @@ def best_supported(verdict: Verdict) -> Judgment | None:
 
     Among equally near ones, one whose scores the model wrote unforced, then the likeliest.
     """
-    scored = [judgment for judgment in verdict.judgments if judgment.scores is not None and judgment.kept is not False]
+    scored = [judgment for judgment in verdict.judgments if judgment.voted is not None and judgment.kept is not False]
     if not scored:
         return None
     means = [total / len(scored) for total in verdict.scores]
 
     def distance(judgment: Judgment) -> tuple[float, bool, float]:
-        gap = sum(abs(score - mean) for score, mean in zip(judgment.scores, means, strict=True))
+        gap = sum(abs(score - mean) for score, mean in zip(judgment.voted, means, strict=True))
         return gap, judgment.forced, -judgment.log_prob
 
     return min(scored, key=distance)
@@ -210,9 +229,10 @@ def show(examples: Sequence[Example], verdicts: Sequence[Verdict], console: Cons
 
 def _shown_score(judgment: Judgment, i: int) -> str:
     """Response i's score: starred if forced, in brackets if the meta RM left it out."""
-    if judgment.scores is None:
+    if judgment.voted is None:
         return "-"
-    text = f"{judgment.scores[i]}{'*' if judgment.forced else ''}"
+    shown = f"{judgment.scores[i]}" if judgment.values is None else f"{judgment.values[i]:.2f}"
+    text = f"{shown}{'*' if judgment.forced else ''}"
     return f"({text})" if judgment.kept is False else text
 
 

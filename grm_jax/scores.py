@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 OPENING = "\\boxed{"
 FORCE_TAIL = "\n\nScores: " + OPENING
+CHOICE_TAIL = "\n\nBest response: " + OPENING
 
 LIMIT = 9999  # larger magnitudes saturate here before they are clipped, so four digits say all about a number
 _SPACES = " \t\n\r"
@@ -51,9 +52,9 @@ def parse(text: str, n: int, low: int = 1, high: int = 10) -> tuple[tuple[int, .
         return None, f"an empty {OPENING}}} for {n} response{'s' * (n > 1)}"
     scores = []
     for item in content.split(","):
-        number = _INTEGER.fullmatch(item.strip(_SPACES))
+        number = _INTEGER.fullmatch(text := item.strip(_SPACES))
         if number is None:
-            return None, f"{_shorten(item.strip(_SPACES))!r} is not an integer"
+            return None, f"{text if len(text) <= 40 else text[:37] + '...'!r} is not an integer"
         sign, digits = number.groups()
         significant = digits.lstrip("0") or "0"
         magnitude = int(significant) if len(significant) <= len(str(LIMIT)) else LIMIT
@@ -63,8 +64,14 @@ def parse(text: str, n: int, low: int = 1, high: int = 10) -> tuple[tuple[int, .
     return tuple(scores), None
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."
+def parse_choice(text: str, n: int) -> tuple[tuple[int, ...] | None, str | None]:
+    """`parse` of a text whose box holds the number of the best of n responses: 1 for that response, 0 for the others."""
+    found, reason = parse(text, 1, -LIMIT, LIMIT)
+    if found is None:
+        return None, reason.replace(" for 1 response", " where one number was asked for")
+    if found[0] not in range(1, n + 1):
+        return None, f"{found[0]} is the number of no response, there are {n}"
+    return tuple(int(i + 1 == found[0]) for i in range(n)), None
 
 
 def _check_bounds(low: int, high: int) -> None:
@@ -199,6 +206,15 @@ def read(
     inside = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]) & (tokens >= 0)
     kinds_BT = jnp.where(inside, table.kinds.at[tokens].get(mode="fill", fill_value=0), 0)
     return jax.vmap(partial(_read_row, max_n=max_n, low=low, high=high))(table.symbols[kinds_BT], counts)
+
+
+def chosen(
+    numbers: Int[Array, "B N"], valid: Bool[Array, "B"], counts: Int[Array, "B"]
+) -> tuple[Int[Array, "B N"], Bool[Array, "B"]]:
+    """`parse_choice` of rows that `read` has read as one number each, with bounds wide enough; counts: of responses."""
+    slots, inside = jnp.arange(1, numbers.shape[1] + 1)[None], valid & (numbers[:, 0] >= 1) & (numbers[:, 0] <= counts)
+    shown = inside[:, None] & (slots <= counts[:, None])
+    return jnp.where(shown, (slots == numbers[:, :1]).astype(jnp.int32), -1), inside
 
 
 def _read_row(

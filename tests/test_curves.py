@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from grm_jax.datatypes import Example, Judgment, Message, Usage
-from grm_jax.grm import verdict
 from grm_jax.spct.curves import curves
+from grm_jax.verdicts import verdict
 
 TALK = (Message("user", "?"),)
 PAIR = Example("pair", TALK, ("a", "b"), (1.0, 0.0))

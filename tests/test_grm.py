@@ -12,9 +12,10 @@ from tiny import LLAMA, tiny_model
 import grm_jax
 from grm_jax import Example, Judgment, Message, Usage
 from grm_jax.config import JudgeSettings
-from grm_jax.grm import Grm, _plan, orders, verdict
+from grm_jax.grm import Grm, _plan, orders
 from grm_jax.sampler import Completion
 from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.verdicts import verdict
 
 LONG = dataclasses.replace(LLAMA, max_positions=8192)
 USAGE = Usage(1, 1, 0.0)

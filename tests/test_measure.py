@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from grm_jax import Example, Judgment, Message, Usage
-from grm_jax import grm as judges
 from grm_jax.spct.measure import interval, longest_of, worth_of
+from grm_jax.verdicts import verdict
 
 
 def voted(labels: tuple[float, ...], *scores: tuple[int, ...] | None):
     """An example and the vote over judgments with these scores."""
     example = Example("e", (Message("user", "q"),), tuple("abcd"[: len(labels)]), labels)
     judgments = [Judgment("", found, None, tuple(range(len(labels))), False, 1, 0.0) for found in scores]
-    return example, judges.verdict(example, judgments, Usage(1, 1, 0.0))
+    return example, verdict(example, judgments, Usage(1, 1, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from grm_jax.data import batches
 from grm_jax.datatypes import Message
 from grm_jax.main import main
 from grm_jax.recipes import Checkpoints, Fresh, Lora, MetaConfig, Optimizer
-from grm_jax.spct import calibration, meta, meta_batches, meta_step
+from grm_jax.spct import calibration, meta, runs, scalar, scalar_batches, scalar_step
 from grm_jax.spct.sample import Sample, read_samples, row_of
 from grm_jax.tokenizer import ByteTokenizer
 from grm_jax.train import policy as training
@@ -91,9 +91,9 @@ def test_calibration_by_hand():
 # ---------------------------------------------------------------- batches
 
 
-def batches_of(samples: list[Sample], **fields) -> meta_batches.SampleBatches:
-    known = {"max_tokens": 400, "seed": 3, "steps": 50, "size": 8, "balance": False} | fields
-    return meta_batches.SampleBatches(samples, ByteTokenizer(), TEMPLATE, **known)
+def batches_of(samples: list[Sample], balance: bool = False, **fields) -> scalar_batches.TextBatches:
+    known = {"seed": 3, "steps": 50, "size": 8} | fields
+    return scalar_batches.TextBatches(meta.entries_of(samples, ByteTokenizer(), TEMPLATE, 400, balance), **known)
 
 
 def test_an_epoch_has_every_judgment_once_behind_its_own_prompt():
@@ -157,15 +157,17 @@ def test_any_size_of_microbatch_is_one_batch(policy):
     """And the loss is the mean of -log p(right or wrong), worked out from the logits."""
     policy, params = policy
     batch = batches_of(many(16))[0]
-    forward = jax.jit(functools.partial(meta_step.logits_of, policy))
-    logits = np.asarray(forward(params, meta_step.put(batch, policy)), np.float64)
+    forward = jax.jit(functools.partial(scalar_step.logits_of, policy))
+    logits = np.asarray(forward(params, scalar_step.put(batch, policy)), np.float64)
     by_hand = np.mean(np.where(batch.correct > 0, np.log1p(np.exp(-logits)), np.log1p(np.exp(logits))))
     found = []
     for microbatch in (2, 8):
         recipe = recipe_of(Path("unused"), "unused", batch=8, microbatch=microbatch)
         optimizer = training.make_optimizer(Optimizer(learning_rate=1e-3), 1)
         state = training.start({name: value.copy() for name, value in params.items()}, optimizer, policy.mesh)
-        after, scalars = meta_step.make_step(policy, recipe, optimizer, state)(state, meta_step.put(batch, policy))
+        after, scalars = scalar_step.make_step(policy, recipe, optimizer, state, meta.OBJECTIVE)(
+            state, scalar_step.put(batch, policy)
+        )
         assert float(scalars["loss"]) == pytest.approx(by_hand, rel=1e-5)
         assert float(scalars["accuracy"]) == pytest.approx(((logits > 0) == (batch.correct > 0)).mean())
         found.append((float(scalars["grad_norm"]), np.asarray(after.params["layers.0.mlp.up"])))
@@ -201,17 +203,17 @@ def test_a_run_learns_to_tell_right_from_wrong(trained):
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(trained, tmp_path, monkeypatch):
-    samples, kept = str(trained / "samples.jsonl"), meta.Run.kept
+    samples, kept = str(trained / "samples.jsonl"), runs.Run.kept
 
     def stop(run, done):
         kept(run, done)
         if done == 23:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(meta.Run, "kept", stop)
+    monkeypatch.setattr(runs.Run, "kept", stop)
     with pytest.raises(KeyboardInterrupt):
         meta.run(recipe_of(tmp_path / "run", samples))
-    monkeypatch.setattr(meta.Run, "kept", kept)
+    monkeypatch.setattr(runs.Run, "kept", kept)
     meta.run(recipe_of(tmp_path / "run", samples))
     rows = [
         [
@@ -260,7 +262,7 @@ def test_bad_input_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="6 held out: none is left"):
         meta.run(recipe_of(tmp_path / "run", some))
     with pytest.raises(ValueError, match=r"microbatch = 3 does not divide over 2 devices"):
-        meta.begin(recipe_of(tmp_path / "run", some, batch=6, microbatch=3, devices=2))
+        scalar.begin(recipe_of(tmp_path / "run", some, batch=6, microbatch=3, devices=2))
     with pytest.raises(ValueError, match=r"batch = 10 is no multiple of microbatch = 4"):
         recipe_of(tmp_path, some, batch=10, microbatch=4)
     assert main(["meta_rm", "--output", str(tmp_path / "x")]) == 2

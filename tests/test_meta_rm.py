@@ -16,6 +16,7 @@ from grm_jax.data.chat import encode_chat
 from grm_jax.datatypes import Example, Judgment, Message, Usage
 from grm_jax.models.decoder import bind, split_abstract
 from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.verdicts import verdict
 from grm_jax.weights.load import read_config
 from grm_jax.weights.save import save_hf
 
@@ -116,11 +117,11 @@ def test_a_saved_meta_rm_is_loaded_and_a_judge_is_not_one(guide, tmp_path):
 def test_a_guided_verdict_says_what_was_kept():
     judged = [judgment("a", scores=(9, 1)), judgment("b", scores=(2, 6)), judgment("c", scores=(3, 5))]
     usage = Usage(1, 3, 0.0)
-    plain = grm.verdict(EXAMPLE, judged, usage)
+    plain = verdict(EXAMPLE, judged, usage)
     assert (plain.scores, plain.best) == ((14, 12), 0)
     assert {j.kept for j in plain.judgments} == {None}
-    guided = grm.verdict(EXAMPLE, [*judged, judgment("d", scores=None)], usage, [-1.0, 2.0, 0.5, 9.0])
+    guided = verdict(EXAMPLE, [*judged, judgment("d", scores=None)], usage, [-1.0, 2.0, 0.5, 9.0])
     assert (guided.scores, guided.best, guided.valid) == ((5, 11), 1, 3)
     assert [j.kept for j in guided.judgments] == [False, True, True, False]
     assert [j.logit for j in guided.judgments] == [-1.0, 2.0, 0.5, 9.0]
-    assert grm.verdict(EXAMPLE, judged, usage, [-1.0, 2.0, 0.5], k_meta=1).scores == (2, 6)
+    assert verdict(EXAMPLE, judged, usage, [-1.0, 2.0, 0.5], k_meta=1).scores == (2, 6)

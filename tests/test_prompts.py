@@ -9,7 +9,7 @@ from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grm_jax import prompts
+from grm_jax import neutral, prompts
 from grm_jax.datatypes import Example, Message
 
 NAMES = ("listwise", "listwise_demos", "listwise_short", "single", "single_binary", "single_demos")
@@ -61,14 +61,14 @@ def pair(*responses: str, query: str = "What is 2 + 2?", **fields) -> Example:
 @case("<|im_end|><|im_start|>")
 @settings(deadline=None, max_examples=500)
 def test_neutralise_leaves_no_imitation_and_is_undone_exactly(text):
-    safe = prompts.neutralise(text, CONTROLS)
-    assert prompts.restore(safe) == text
-    assert prompts.imitations(safe, CONTROLS) == []
+    safe = neutral.neutralise(text, CONTROLS)
+    assert neutral.restore(safe) == text
+    assert neutral.imitations(safe, CONTROLS) == []
     assert not any(control in safe for control in CONTROLS)
     assert OWN.search(safe) is None
-    again = prompts.neutralise(safe, CONTROLS)
-    assert prompts.restore(again) == safe
-    assert prompts.imitations(again, CONTROLS) == []
+    again = neutral.neutralise(safe, CONTROLS)
+    assert neutral.restore(again) == safe
+    assert neutral.imitations(again, CONTROLS) == []
 
 
 ODD = """[the BEGIN of response 3];[ The   Begin\tof Response;［Ｔｈｅ Ｅｎｄ of Response １］
@@ -78,20 +78,20 @@ ODD = """[the BEGIN of response 3];[ The   Begin\tof Response;［Ｔｈｅ Ｅ�
 
 @pytest.mark.parametrize("text", re.split("[;\n]", ODD))
 def test_odd_spellings_are_imitations_too(text):
-    assert prompts.imitations(text) != []
-    assert len(prompts.neutralise(text)) == len(text) + len(prompts.imitations(text))
+    assert neutral.imitations(text) != []
+    assert len(neutral.neutralise(text)) == len(text) + len(neutral.imitations(text))
 
 
 def test_plain_text_stays_as_it_is():
     text = "The end of the response: a boxed set, 3 # of criteria, [the list], <|im_end|> and user or scores."
-    assert prompts.neutralise(text) == text
-    assert prompts.neutralise(text, ("<|im_end|>",)) == text.replace("<|", "<\u2060|")
+    assert neutral.neutralise(text) == text
+    assert neutral.neutralise(text, ("<|im_end|>",)) == text.replace("<|", "<\u2060|")
 
 
 def test_controls_that_cannot_be_broken():
-    assert prompts.neutralise("yes!", ("!", "")) == "yes!"
+    assert neutral.neutralise("yes!", ("!", "")) == "yes!"
     with pytest.raises(ValueError, match="U\\+2060"):
-        prompts.neutralise("yes", ("<\u2060>",))
+        neutral.neutralise("yes", ("<\u2060>",))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,7 +107,7 @@ def test_no_response_can_add_markers_boxes_or_turns(name):
         assert turns[:-1] == quiet[:-1]  # demonstrations and instructions
         assert len(OWN.findall(turns[-1].content)) == len(OWN.findall(quiet[-1].content)), text
         assert "<|im_" not in turns[-1].content
-        assert f"{text} {text}" in prompts.restore(turns[-1].content)
+        assert f"{text} {text}" in neutral.restore(turns[-1].content)
 
 
 def test_a_response_that_is_jinja_or_nothing_is_shown_as_written():
@@ -393,6 +393,6 @@ def test_long_texts_take_linear_time():
         "user " * 40_000,
         "s\u200b" * 100_000,
     ):
-        assert prompts.neutralise(text) == text
+        assert neutral.neutralise(text) == text
     text = "\\boxed{" * 30_000
-    assert prompts.restore(prompts.neutralise(text)) == text
+    assert neutral.restore(neutral.neutralise(text)) == text

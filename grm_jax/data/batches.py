@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import grain
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from grm_jax import prompts
 from grm_jax.buckets import common_prefix, power_of_two
@@ -49,6 +49,7 @@ class Batch:
     counts: Int[np.ndarray | jax.Array, "P"]  # responses of each row
     low: Int[np.ndarray | jax.Array, "P"]  # the template's lowest score
     high: Int[np.ndarray | jax.Array, "P"]  # the template's highest score
+    choice: Bool[np.ndarray | jax.Array, "P"]  # whether the box holds the best response's number instead of scores
     items: Int[np.ndarray | jax.Array, "P"]  # a hash of the item, for its sampling keys
 
 
@@ -242,6 +243,7 @@ def _batch(group: _Group, rows: Sequence[_Row], width: int, widest: int) -> Batc
         counts=np.array([len(row.order) for row in rows], np.int32),
         low=np.full(len(rows), group.template.low, np.int32),
         high=np.full(len(rows), group.template.high, np.int32),
+        choice=np.full(len(rows), group.template.kind == "choice"),
         items=np.array([row.key for row in rows], np.int32),
     )
 

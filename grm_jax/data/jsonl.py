@@ -236,12 +236,12 @@ def id_of(value: object) -> str:
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as one row of output: its fields, without a judgment's `reason`, `logit` and `kept` where it has none."""
+    """A verdict as one row of output: its fields, but what a judgment need not have only where it has it."""
     row = asdict(verdict)
     row["scores"] = [int(score) if score == int(score) else score for score in verdict.scores]
     for judgment in row["judgments"]:
         judgment["log_prob"] = round(judgment["log_prob"], 5)
-        for name in [name for name in ("reason", "logit", "kept") if judgment[name] is None]:
+        for name in [name for name in ("reason", "logit", "kept", "values") if judgment[name] is None]:
             del judgment[name]
     row["usage"]["seconds"] = round(verdict.usage.seconds, 3)
     if not verdict.usage.cut_tokens:

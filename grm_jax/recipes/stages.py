@@ -163,7 +163,28 @@ class RlConfig(_Run):
 
 
 @dataclasses.dataclass(frozen=True)
-class MetaConfig(_Training):
+class ScalarConfig(_Training):
+    """What every run has that trains a scalar head: on judgments, on responses or on pairs of them."""
+
+    batch: int = 64
+    """judgments, or pairs of responses, of a step; the paper's meta RM has 512 (appendix C.1)"""
+    microbatch: int = 8
+    """of them, whose gradients are computed at once"""
+    max_tokens: int = 2048
+    """of a prompt and the text behind it together; longer ones are cut in the middle of their longest response"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "batch", "microbatch")
+        at_least(self, 2, "max_tokens")
+        if self.batch % self.microbatch:
+            raise ValueError(
+                f"batch = {self.batch} is no multiple of microbatch = {self.microbatch}: all microbatches have one size"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaConfig(ScalarConfig):
     """The meta RM: a scalar head learns from sampled judgments which of them are right (section 4.2)."""
 
     samples: tuple[str, ...] = ()
@@ -172,24 +193,44 @@ class MetaConfig(_Training):
     """judged examples at least, whole conversations, that are measured on and never trained on"""
     balance: bool = False
     """weigh judgments so that right and wrong ones count the same in all"""
-    batch: int = 64
-    """judgments of a step; the paper's is 512 (appendix C.1)"""
-    microbatch: int = 8
-    """judgments whose gradients are computed at once"""
-    max_tokens: int = 2048
-    """of a prompt and its judgment together; longer prompts are cut in the middle of their longest response"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch", "microbatch")
-        at_least(self, 2, "max_tokens")
         at_least(self, 0, "held_out")
-        if self.batch % self.microbatch:
-            raise ValueError(
-                f"batch = {self.batch} is no multiple of microbatch = {self.microbatch}: all microbatches have one size"
-            )
         if not self.samples:
             raise ValueError("samples names no file: give judgments that the command `sample` has written")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(ScalarConfig):
+    """A scalar reward model from preferences, as the paper's baselines: each item's best response against the others."""
+
+    items: Items = Items()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.items.files:
+            raise ValueError("items.files names no file: give labelled examples to learn from")
+
+
+@dataclasses.dataclass(frozen=True)
+class CloudConfig(PairsConfig):
+    """CLoud: a critic writes, and a value head that reads the critique too is trained (arXiv 2408.11791)."""
+
+    critic: str = "smollm2-135m"
+    """what writes the critiques, and goes on writing them when the value head scores"""
+    critiques: int = 1
+    """sampled of each response; the value head sees each of them"""
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    """of a critique"""
+    slots: int = 64
+    """critiques decoded at once"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "critiques", "max_new_tokens", "slots")
+        check_sampling(self.temperature, 0, 1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

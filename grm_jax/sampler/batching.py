@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import scores
+from grm_jax.expected import NumberTable
 from grm_jax.models.attention import Keys
 from grm_jax.models.decoder import Model
 from grm_jax.sampler import rollout
@@ -46,6 +47,7 @@ class _Row:
     clock: int  # of the batch when it began: its ring entries are no older
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
+    masses: list[np.ndarray] = dataclasses.field(default_factory=list)  # one a token, or none at all
     forced_from: int | None = None
 
 
@@ -60,8 +62,10 @@ class _Batch:
         key: jax.Array,
         head: tuple[int, ...],
         forcing: Forcing | None,
+        numbers: NumberTable | None,
     ) -> None:
         self.model, self.plan, self.sampling, self.key, self.forcing = model, plan, sampling, key, forcing
+        self.numbers = numbers
         data = model.mesh.shape["data"]
         self.groups = -(-plan.groups // data) * data
         count = self.groups * plan.group
@@ -188,6 +192,8 @@ class _Batch:
             token = queue.pop(0)
             sample.tokens.append(token)
             sample.log_probs.append(0.0)
+            if self.numbers is not None:
+                sample.masses.append(np.zeros(self.numbers.classes, np.float32))
         self.state["queue"][row, : len(queue)] = queue
         self._set(
             row,
@@ -210,14 +216,15 @@ class _Batch:
         parts = tuple(part for part in (self.head, self.prompts) if part is not None)
         self.ring, state, emitted = rollout.decode(
             *(self.model.graph, self.model.params, parts, self.ring, state, self.key),
-            *(self.sampling, table, self.shape, self.plan.steps),
+            *(self.sampling, table, self.shape, self.plan.steps, self.numbers),
         )
         names = list(self.state)
-        *values, tokens, log_probs, counts, clock = jax.device_get(
+        *values, tokens, log_probs, masses, counts, clock = jax.device_get(
             [
                 *(getattr(state, name) for name in names),
                 emitted.tokens,
                 emitted.log_probs,
+                emitted.masses,
                 emitted.count,
                 self.ring.clock,
             ]
@@ -228,6 +235,8 @@ class _Batch:
             if sample is not None:
                 sample.tokens.extend(tokens[: counts[row], row].tolist())
                 sample.log_probs.extend(log_probs[: counts[row], row].tolist())
+                if self.numbers is not None:
+                    sample.masses.extend(masses[: counts[row], row])
                 if not self.state["live"][row] and (done := self._finish(row, sample)):
                     yield done
 
@@ -237,6 +246,7 @@ class _Batch:
         if drawn_end:
             sample.tokens.pop()
             sample.log_probs.pop()
+            del sample.masses[-1:]
         numbers = sample.request.numbers
         may_force = self.forcing is not None and numbers and sample.forced_from is None
         if may_force and not self.forcing.has_scores(sample.tokens, numbers):
@@ -252,6 +262,7 @@ class _Batch:
             ended,
             sample.forced_from,
             time.monotonic() - sample.started,
+            np.stack(sample.masses) if sample.masses else None,
         )
         group = row // self.plan.group
         self._start(row)
@@ -277,12 +288,13 @@ def sample(
     sampling: Sampling,
     head: Sequence[int] = (),
     forcing: Forcing | None = None,
+    numbers: NumberTable | None = None,
 ) -> Iterator[Completion]:
     """Sample every request, in a batch kept full, and yield completions as they end, in no order.
 
     head: tokens that the prompts are expected to share; a prompt that starts otherwise makes the batch run empty and go on
-    with the shorter head that it does share. Raises ValueError, naming the item, for a prompt that is empty or longer than
-    the model's positions allow with its budget.
+    with the shorter head that it does share. numbers: whose masses a completion carries. Raises ValueError, naming the
+    item, for a prompt that is empty or longer than the model's positions allow with its budget.
     """
     waiting = iter(requests)
     batch: _Batch | None = None
@@ -290,7 +302,7 @@ def sample(
     while request is not None or (batch and any(batch.rows)):
         if batch is None:
             check_length(model, request, plan, forcing)
-            batch = _Batch(model, plan, sampling, key, common_prefix([(*head, -1), request.prompt]), forcing)
+            batch = _Batch(model, plan, sampling, key, common_prefix([(*head, -1), request.prompt]), forcing, numbers)
         admitted = []
         for group in batch.free_groups():
             if request is None:

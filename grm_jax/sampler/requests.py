@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from grm_jax import scores
 from grm_jax.buckets import common_prefix as common_prefix
 from grm_jax.buckets import power_of_two as power_of_two
@@ -36,7 +38,8 @@ class Completion:
     """One sampled continuation of a request's prompt, without the id that ended it.
 
     log_probs: one a token, 0 for tokens that were not drawn. forced_from: where the forced tail begins, None if nothing
-    was forced. ended: an end id was drawn (or the forced box closed), not the budget reached.
+    was forced. ended: an end id was drawn (or the forced box closed), not the budget reached. masses [tokens, C]: of
+    `expected.masses`, None where they were not asked for.
     """
 
     request: Request
@@ -47,6 +50,7 @@ class Completion:
     ended: bool
     forced_from: int | None
     seconds: float
+    masses: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

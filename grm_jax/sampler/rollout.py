@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from grm_jax import scores
+from grm_jax import expected, scores
 from grm_jax.models.attention import NOWHERE, Keys
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.decoder import Cache, Params, bind
@@ -76,10 +76,14 @@ class Ring:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What `decode` wrote: tokens and log_probs [steps, R], and how many of the steps each row lived [R]."""
+    """What `decode` wrote: tokens and log_probs [steps, R], and how many of the steps each row lived [R].
+
+    masses [steps, R, C]: `expected.masses` of what each token was drawn from; C is 0 where they were not asked for.
+    """
 
     tokens: jax.Array
     log_probs: jax.Array
+    masses: jax.Array
     count: jax.Array
 
 
@@ -213,11 +217,13 @@ def decode(
     table: scores.ForceTable | None,
     shape: Bool[Array, "P G"],
     steps: int,
+    numbers: expected.NumberTable | None = None,
 ) -> tuple[Ring, Rows, Emitted]:
     """Up to `steps` tokens a row: a while-loop that stops when no row is live.
 
     key: the run's. parts: the cache's shared parts, () or (P,) leading. `shape` carries P and G alone: row p * G + g is
     a sample of prompt p. A row has to end within T steps of the one it began at, or it would overwrite itself.
+    numbers: whose masses to keep of each step.
     """
     model = bind(graph, params)
     count, slots = ring.own.positions.shape
@@ -225,7 +231,10 @@ def decode(
     ring = Ring(dataclasses.replace(ring.own, positions=positions), ring.clock)
     keys_R = row_keys(key, rows.item, rows.sample)
     blank = Emitted(
-        jnp.zeros((steps, count), jnp.int32), jnp.zeros((steps, count), jnp.float32), jnp.zeros(count, jnp.int32)
+        jnp.zeros((steps, count), jnp.int32),
+        jnp.zeros((steps, count), jnp.float32),
+        jnp.zeros((steps, count, 0 if numbers is None else numbers.classes), jnp.float32),
+        jnp.zeros(count, jnp.int32),
     )
 
     def body(state: tuple[jax.Array, Ring, Rows, Emitted]) -> tuple[jax.Array, Ring, Rows, Emitted]:
@@ -238,6 +247,11 @@ def decode(
         emitted = Emitted(
             jax.lax.dynamic_update_slice_in_dim(emitted.tokens, token[None], step, 0),
             jax.lax.dynamic_update_slice_in_dim(emitted.log_probs, log_prob[None], step, 0),
+            emitted.masses
+            if numbers is None
+            else jax.lax.dynamic_update_slice_in_dim(
+                emitted.masses, expected.masses(numbers, logits_RV)[None], step, 0
+            ),
             emitted.count + rows.live,
         )
         return step + 1, Ring(cache.own, ring.clock + 1), after, emitted

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -45,9 +45,14 @@ def measure(
     """Judge labelled examples and hold the verdicts against the labels (Eq. 10, ties by expectation)."""
     # Neighbours of like length: the longest prompt of a batch decides what memory each of its prompts takes.
     by_length = sorted(examples, key=lambda example: sum(map(len, example.responses)) + len(str(example.messages)))
-    verdicts = {verdict.id: verdict for verdict in grm.judge(by_length, settings, template_of=template_of)}
+    return measured(examples, grm.judge(by_length, settings, template_of=template_of), settings.seed)
+
+
+def measured(examples: Sequence[Example], found: Iterable[Verdict], seed: int) -> Measured:
+    """Verdicts on all of the examples, in any order, held against their labels."""
+    verdicts = {verdict.id: verdict for verdict in found}
     worth = np.array([worth_of(example, verdicts[example.id]) for example in examples])
-    low, high = interval(worth, settings.seed)
+    low, high = interval(worth, seed)
     judgments = sum(verdict.votes for verdict in verdicts.values())
     longest = [longest_of(example) for example in examples]
     return Measured(

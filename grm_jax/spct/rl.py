@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grm_jax import metrics, prompts, scores
+from grm_jax import metrics, neutral, scores
 from grm_jax.data import batches
 from grm_jax.data import items as labelled
 from grm_jax.data.batches import Batch, PromptBatches, Shown
@@ -143,7 +143,7 @@ def _sample(run: Run, shown: Shown, report: Report, row: int) -> Mapping[str, An
         "id": item.id,
         "source": item.source,
         "order": list(order),
-        "text": prompts.restore(text),
+        "text": neutral.restore(text),
         "scores": judged.scores[row, : len(order)].tolist() if judged.valid[row] else None,
         "labels": [item.scores[i] for i in order],
         "reward": float(judged.reward[row]),

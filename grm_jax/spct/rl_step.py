@@ -119,12 +119,14 @@ def roll(
 
 def judge(rollouts: Rollouts, batch: Batch, group: int, table: scores.TokenTable, reward: rewards.Reward) -> Judged:
     """Scores read from the tokens and rewarded. A rollout that ran into the budget is not valid, whatever it says."""
-    labels, counts, low, high = (
-        jnp.repeat(x, group, axis=0) for x in (batch.labels, batch.counts, batch.low, batch.high)
+    labels, counts, low, high, choice = (
+        jnp.repeat(x, group, axis=0) for x in (batch.labels, batch.counts, batch.low, batch.high, batch.choice)
     )
-    wide = scores.LIMIT
-    raw, parsed = scores.read(table, rollouts.tokens, rollouts.counts, counts, labels.shape[1], -wide, wide)
-    valid = parsed & rollouts.ended
+    wide, numbers = scores.LIMIT, jnp.where(choice, 1, counts)
+    raw, parsed = scores.read(table, rollouts.tokens, rollouts.counts, numbers, labels.shape[1], -wide, wide)
+    of_choice, chosen = scores.chosen(raw, parsed, counts)
+    raw = jnp.where(choice[:, None], of_choice, raw)
+    valid = jnp.where(choice, chosen, parsed) & rollouts.ended
     found = jnp.where(valid[:, None], jnp.clip(raw, low[:, None], high[:, None]), -1)
     found = jnp.where(jnp.arange(labels.shape[1])[None] < counts[:, None], found, -1)
     return Judged(

@@ -43,7 +43,14 @@ from grm_jax.spct.measure import longest_of
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 
 _LOG_SECONDS = 10.0  # between two lines of progress
-_OPTIONAL = ("reference", "strength", "reason", "ended", "logit")  # keys that a row lacks where there is nothing to say
+_OPTIONAL = (
+    "reference",
+    "strength",
+    "reason",
+    "ended",
+    "logit",
+    "values",
+)  # keys that a row lacks where there is nothing to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Sample:
     `responses`, `labels` and `scores` are in the item's own order; `order[i]` is the index of the response shown in slot
     i. `scores` is None, with a `reason`, where the text holds no valid box. `template` is the name or file that showed
     the item, `sample` the judgment's number among the item's, `tokens` the length of the text without its end id, and
-    `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked.
+    `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked, and
+    `values` are those of `Judgment`.
     """
 
     id: str
@@ -74,6 +82,7 @@ class Sample:
     ended: bool | None
     template: str
     logit: float | None = None
+    values: tuple[float, ...] | None = None
 
     @property
     def example(self) -> Example:
@@ -95,7 +104,8 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     for name in ("responses", "labels", "order"):
         fields[name] = tuple(fields[name])
     fields["messages"] = tuple(Message(**message) for message in fields["messages"])
-    fields["scores"] = None if fields["scores"] is None else tuple(fields["scores"])
+    for name in ("scores", "values"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
     return Sample(**fields)
 
 
@@ -201,6 +211,7 @@ def _samples(item: Example, verdict: Verdict, template: str, budget: int, hinted
             ended=judgment.tokens < budget,  # an end id is not counted, and without one the budget is used up
             template=template,
             logit=judgment.logit,
+            values=judgment.values,
         )
         for j, judgment in enumerate(verdict.judgments)
     ]

@@ -1,9 +1,9 @@
-"""One step of the meta RM's training as one compiled program: logits of judgments, binary cross-entropy, update.
+"""One training step of a scalar head as one compiled program: logits of texts, a loss over them, update.
 
 The loss is a weighted mean over the whole batch; its weights are made on the host, so any size of microbatch gives the
 same gradient.
 
-Shapes: R judgments, S prompt tokens, T tokens of a judgment, M microbatches.
+Shapes: R texts, S prompt tokens, T tokens of a text.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from grm_jax import losses
 from grm_jax.models.decoder import Params, bind
-from grm_jax.recipes import MetaConfig
+from grm_jax.recipes import ScalarConfig
 from grm_jax.train.forward import REMATS, scalars_of
 from grm_jax.train.policy import Policy, State, compiled, moved, split, spread
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """Judgments behind their prompts, whether each is right, and what each weighs; host or device arrays.
+class Texts:
+    """Texts behind their prompts, whether each is the right one, and what each weighs; host or device arrays.
 
     Weights sum to 1; a row of weight 0 is padding.
     """
@@ -40,31 +39,46 @@ class Judged:
     weights: Float[np.ndarray | jax.Array, "R"]
 
 
-Step = Callable[[State, Judged], tuple[State, dict[str, Float[Array, ""]]]]
+Step = Callable[[State, Texts], tuple[State, dict[str, Float[Array, ""]]]]
 
 
-def logits_of(policy: Policy, params: Params, rows: Judged, remat: str = "none") -> Float[Array, "R"]:
-    """The scalar head's logit of each judgment, under the working copy of the weights."""
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss of (logits [R], correct [R], weights [R]), and which rows it gets right [R].
+
+    group: rows that belong together and come one after the other.
+    """
+
+    loss: Callable[[Array, Array, Array], Array]
+    right: Callable[[Array, Array], Array]
+    group: int = 1
+
+
+def logits_of(policy: Policy, params: Params, rows: Texts, remat: str = "none") -> Float[Array, "R"]:
+    """The scalar head's logit of each text, under the working copy of the weights."""
     model = bind(policy.graph, policy.working(params, {}))
     nothing = jnp.zeros(0, jnp.int32)
     return scalars_of(model, nothing, rows.prompts, rows.lengths, rows.texts, rows.counts, REMATS[remat])
 
 
-def make_step(policy: Policy, recipe: MetaConfig, optimizer: optax.GradientTransformation, state: State) -> Step:
+def make_step(
+    policy: Policy, recipe: ScalarConfig, optimizer: optax.GradientTransformation, state: State, objective: Objective
+) -> Step:
     """The compiled step: (state, batch) -> (state, scalars by name). The state is donated.
 
     It compiles once for each shape of a batch. `state`: the first one, for where its arrays lie.
     """
 
-    def loss(params: Params, rows: Judged) -> tuple[Array, Array]:
+    def loss(params: Params, rows: Texts) -> tuple[Array, Array]:
         logits = logits_of(policy, params, rows, recipe.remat)
-        right = (logits > 0) == (rows.correct > 0.5)
-        return losses.bce(logits, rows.correct, rows.weights), jnp.sum(jnp.where(rows.weights > 0, right, False))
+        right = objective.right(logits, rows.correct)
+        return objective.loss(logits, rows.correct, rows.weights), jnp.sum(jnp.where(rows.weights > 0, right, False))
 
-    def step(state: State, batch: Judged) -> tuple[State, dict[str, Array]]:
-        shares = jax.tree.map(lambda x: split(x, x.shape[0] // recipe.microbatch), batch)
+    def step(state: State, batch: Texts) -> tuple[State, dict[str, Array]]:
+        parts = batch.lengths.shape[0] // (recipe.microbatch * objective.group)
+        shares = jax.tree.map(lambda x: split(x, parts, objective.group), batch)
 
-        def add(carry: tuple[Params, Array, Array], rows: Judged) -> tuple[tuple[Params, Array, Array], None]:
+        def add(carry: tuple[Params, Array, Array], rows: Texts) -> tuple[tuple[Params, Array, Array], None]:
             (value, right), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value, carry[2] + right), None
 
@@ -78,6 +92,6 @@ def make_step(policy: Policy, recipe: MetaConfig, optimizer: optax.GradientTrans
     return compiled(step, state)
 
 
-def put(batch: Judged, policy: Policy) -> Judged:
+def put(batch: Texts, policy: Policy) -> Texts:
     """A batch of host arrays on the mesh, rows spread over its data axis."""
     return spread(batch, policy.mesh)
