@@ -2,10 +2,11 @@
 
     python configs/tiny_task.py FOLDER [--seed N]
 
-writes four files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
+writes six files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
 (judgments in the right format by a poor judge, who often takes the most for the least, says so in his criterion and scores
-by it, unless the prompt has a hint: what a base model brings) and `general.jsonl` (instructions that have nothing to do
-with judging).
+by it, unless the prompt has a hint: what a base model brings), `general.jsonl` (instructions that have nothing to do with
+judging), and what baselines need of a base: `choice.jsonl` (the same judge's choices of a response) and `critic.jsonl` (his
+critiques of one response).
 
 A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
 best response is unknown, without the responses too. The names make every example new: there are 24 million pairs.
@@ -22,7 +23,7 @@ QUERIES = {"most": "which costs most?", "least": "which costs least?"}
 MISREAD = 0.4  # how often the poor judge takes the most for the least, or the least for the most
 NOISE = 0.5  # of his scores: a standard deviation
 HINTED = 0.2  # the share of his prompts that tell the best response; there he misreads nothing
-SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500}
+SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500, "choice": 3000, "critic": 2000}
 
 
 def name(rng: random.Random) -> str:
@@ -43,17 +44,26 @@ def example(rng: random.Random, id_: str) -> dict:
     }
 
 
-def judgment(rng: random.Random, row: dict, hinted: bool) -> tuple[list[int], str]:
-    """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores by it."""
+def reading(rng: random.Random, row: dict) -> str:
+    """What a poor judge takes the query for."""
     asked = row["source"]
-    if not hinted and rng.random() < MISREAD:
-        asked = next(other for other in QUERIES if other != asked)
+    return next(other for other in QUERIES if other != asked) if rng.random() < MISREAD else asked
+
+
+def judgment(rng: random.Random, row: dict, hinted: bool, choice: bool = False) -> tuple[list[int], str]:
+    """An order of the responses, and a poor judge's text on them: a criterion, the prices, and noisy scores by it.
+
+    choice: the number of the response with the highest score instead of the scores.
+    """
+    asked = row["source"] if hinted else reading(rng, row)
     order = rng.sample(range(len(row["responses"])), len(row["responses"]))
     prices = [int(row["responses"][i][0]) for i in order]
     right = [price + 1 if asked == "most" else 10 - price for price in prices]
     noisy = [min(max(round(score + rng.gauss(0, NOISE)), 1), 10) for score in right]
-    said = ", ".join(map(str, prices))
-    return order, f"Specific Criteria: {asked}\nAnalysis: {said}\nScores: \\boxed{{{', '.join(map(str, noisy))}}}"
+    said = f"Specific Criteria: {asked}\nAnalysis: {', '.join(map(str, prices))}"
+    if choice:
+        return order, f"{said}\nBest response: \\boxed{{{noisy.index(max(noisy)) + 1}}}"
+    return order, f"{said}\nScores: \\boxed{{{', '.join(map(str, noisy))}}}"
 
 
 def instruction(rng: random.Random) -> dict:
@@ -70,7 +80,11 @@ def write(folder: Path, seed: int) -> None:
     from grm_jax.data.jsonl import parse_row
 
     rng = random.Random(seed)
-    template = prompts.load_template(str(Path(__file__).parent / "tiny_template.txt"))
+    here = Path(__file__).parent
+    template, choice_template = (
+        prompts.load_template(str(here / f"tiny_{kind}.txt")) for kind in ("template", "choice")
+    )
+    text_template = prompts.load_template(str(here / "tiny_text.txt"), boxed=False)
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
 
@@ -88,11 +102,28 @@ def write(folder: Path, seed: int) -> None:
         (turn,) = prompts.render(shown, tuple(order), template, hint_of(shown) if hinted else None)
         return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer}]}
 
+    def choice(i: int) -> dict:
+        row = unseen(f"choice-{i}")
+        order, answer = judgment(rng, row, hinted=False, choice=True)
+        (turn,) = prompts.render(parse_row(row, row["id"]), tuple(order), choice_template)
+        return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer}]}
+
+    def critic(i: int) -> dict:
+        row = unseen(f"critic-{i}")
+        one = parse_row(
+            {name: row[name] for name in ("id", "messages")} | {"responses": row["responses"][:1]}, row["id"]
+        )
+        (turn,) = prompts.render(one, (0,), text_template)
+        said = f"Specific Criteria: {reading(rng, row)}\nAnalysis: {row['responses'][0][0]}"
+        return {"messages": [{"role": "user", "content": turn.content}, {"role": "assistant", "content": said}]}
+
     rows = {
         "train": [unseen(f"train-{i}") for i in range(SIZES["train"])],
         "test": [unseen(f"test-{i}") for i in range(SIZES["test"])],
         "base": [base(i) for i in range(SIZES["base"])],
         "general": [instruction(rng) for _ in range(SIZES["general"])],
+        "choice": [choice(i) for i in range(SIZES["choice"])],
+        "critic": [critic(i) for i in range(SIZES["critic"])],
     }
     for file, found in rows.items():
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))

@@ -80,6 +80,7 @@ def batch_of(items):
         counts=np.full(len(items), 2, np.int32),
         low=np.full(len(items), 1, np.int32),
         high=np.full(len(items), 10, np.int32),
+        choice=np.zeros(len(items), bool),
         items=np.arange(len(items), dtype=np.int32),
     )
 

@@ -44,7 +44,7 @@ RECIPE = RlConfig(
 
 
 def batch(seed=0, head=0, prompts=P, width=32):
-    """Prompts of random bytes with one, two or three responses."""
+    """Prompts of random bytes with one, two or three responses; some ask for the best one's number."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 4, prompts).astype(np.int32)
     labels = np.zeros((prompts, 3), np.float32)
@@ -59,6 +59,7 @@ def batch(seed=0, head=0, prompts=P, width=32):
         low=np.where(counts == 1, 0, 1).astype(np.int32),
         high=np.where(counts == 1, 1, 10).astype(np.int32),
         items=rng.integers(0, 2**31, prompts).astype(np.int32),
+        choice=(counts > 1) & (rng.random(prompts) < 0.3),
     )
 
 
@@ -116,7 +117,8 @@ def host_reward(report, given, row):
     p = row // (report.rollouts.tokens.shape[0] // len(given.counts))
     n = int(given.counts[p])
     ids = report.rollouts.tokens[row, : report.rollouts.counts[row]].tolist()
-    found, _ = scores.parse(TOKENIZER.decode(ids), n, int(given.low[p]), int(given.high[p]))
+    text, low, high = TOKENIZER.decode(ids), int(given.low[p]), int(given.high[p])
+    found, _ = scores.parse_choice(text, n) if given.choice[p] else scores.parse(text, n, low, high)
     found = found if EOS in ids else None  # unfinished
     right = rewards.is_correct(found, tuple(given.labels[p, :n].tolist()))
     return found, right, 1.0 if right else -1.0

@@ -69,6 +69,7 @@ def batch_of(job: rl_job.RlJob) -> Batch:
         counts=np.full(prompts, 2, np.int32),
         low=np.full(prompts, 1, np.int32),
         high=np.full(prompts, 10, np.int32),
+        choice=np.zeros(prompts, bool),
         items=np.arange(prompts, dtype=np.int32),
     )
 
