@@ -8,6 +8,8 @@ Three judgments of each item, as in the paper (section 4.2). `python configs/tin
 against plain ones.
 """
 
+from pathlib import Path
+
 from grm_jax.recipes import Checkpoints, MetaConfig, Optimizer
 
 
@@ -17,6 +19,7 @@ def config() -> MetaConfig:
         model="runs/tiny/rft/model",
         samples=("runs/tiny/judged.jsonl",),
         held_out=300,
+        template=str(Path(__file__).parent / "tiny_text.txt"),
         max_tokens=512,
         batch=32,
         microbatch=32,

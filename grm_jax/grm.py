@@ -31,6 +31,7 @@ from grm_jax import expected, neutral, prompts, reading, stopping
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
+from grm_jax.dealing import by_length, orders
 from grm_jax.models.decoder import Model, bind
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
 from grm_jax.verdicts import verdict
@@ -39,8 +40,8 @@ from grm_jax.weights.decoder import load_decoder
 from grm_jax.weights.embedded import EMBEDDED
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
+_AHEAD = 4  # batches of prompts that are sorted by length together; verdicts come that much out of order
 _WINDOW = 256  # examples taken together where a file needs several templates
-_DECK = 5040  # orders enumerated at most (7!); beyond, each sample's order is drawn by itself
 
 
 class Guide(Protocol):
@@ -58,19 +59,6 @@ class Generated:
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     ended: bool  # by an end id, not by the budget
-
-
-def orders(example_id: str, n: int, votes: int, seed: int) -> list[tuple[int, ...]]:
-    """The order of the n responses in each of an example's samples: order[i] is the index shown in slot i.
-
-    A function of (seed, id): sample j has the same order whatever `votes` is, and at most n! orders occur.
-    """
-    rng = np.random.default_rng([seed, stable_hash(example_id)])
-    if math.factorial(n) > _DECK:
-        return [tuple(rng.permutation(n).tolist()) for _ in range(votes)]
-    deck = list(itertools.permutations(range(n)))
-    shuffled = [deck[i] for i in rng.permutation(len(deck))]
-    return [shuffled[j % len(deck)] for j in range(votes)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +265,10 @@ def _judge_with(
     if settings.expected_scores and template.kind != "text":
         _, low, high = reading.numbers_of(template, len(examples[0].responses))
         table = expected.number_table(grm.token_bytes, low, high)
-    hints = (hint_of(example) if hint_of else None for example in examples)
-    prepared = (_prepare(grm, template, e, settings, forcing, h, drawn) for e, h in zip(examples, hints, strict=True))
+    plan = _plan(examples, settings, len(drawn))
+    near = by_length(examples, _AHEAD * plan.groups)
+    hints = (hint_of(example) if hint_of else None for example in near)
+    prepared = (_prepare(grm, template, e, settings, forcing, h, drawn) for e, h in zip(near, hints, strict=True))
     peeked = list(itertools.islice(prepared, _PEEK))
     head = common_prefix([request.prompt for task in peeked for request in task.requests])
     task_of: dict[int, _Task] = {}
@@ -289,7 +279,6 @@ def _judge_with(
                 task_of[id(request)] = task
                 yield request
 
-    plan = _plan(examples, settings, len(drawn))
     key = jax.random.key(settings.seed, impl="threefry2x32")
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, tokenizer.eos_ids)
     for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing, table):

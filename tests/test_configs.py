@@ -76,3 +76,21 @@ def test_the_tiny_task_is_new_everywhere_and_its_poor_judge_heeds_hints(tmp_path
     assert all(read[True])
     assert sum(read[False]) / len(read[False]) == pytest.approx(0.6, abs=0.04)
     assert sum(followed) / len(followed) > 0.85
+
+
+def test_the_tiny_task_has_what_baselines_need_of_a_base(tmp_path):
+    runpy.run_path(str(CONFIGS / "tiny_task.py"))["write"](tmp_path, 3)
+    followed = []
+    for row in rows_of(tmp_path / "choice.jsonl"):
+        asked, answer = (turn["content"] for turn in row["messages"])
+        prices = [int(price) for price in re.findall(r"Response \d\](\d)", asked)]
+        criterion, chosen = re.match(r"Specific Criteria: (\w+)\n.*\nBest response: \\boxed\{(\d)\}$", answer).groups()
+        followed.append((int(chosen) == 1) == ((prices[0] > prices[1]) == (criterion == "most")))
+    assert sum(followed) / len(followed) > 0.9
+    read = []
+    for row in rows_of(tmp_path / "critic.jsonl"):
+        asked, answer = (turn["content"] for turn in row["messages"])
+        (price,) = re.findall(r"Response \d\](\d)", asked)
+        criterion = re.fullmatch(rf"Specific Criteria: (\w+)\nAnalysis: {price}", answer)[1]
+        read.append(f"costs {criterion}?" in asked)
+    assert sum(read) / len(read) == pytest.approx(0.6, abs=0.04)

@@ -16,6 +16,7 @@ FLOORS = (
     {"config", "datatypes", "gguf_file", "log", "neutral", "vocab"},
     {
         "buckets",
+        "dealing",
         "expected",
         "head",
         "losses",

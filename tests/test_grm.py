@@ -12,6 +12,7 @@ from tiny import LLAMA, tiny_model
 import grm_jax
 from grm_jax import Example, Judgment, Message, Usage
 from grm_jax.config import JudgeSettings
+from grm_jax.dealing import by_length
 from grm_jax.grm import Grm, _plan, orders
 from grm_jax.sampler import Completion
 from grm_jax.tokenizer import ByteTokenizer
@@ -248,3 +249,12 @@ def test_the_package_names_what_it_has():
     assert grm_jax.Grm is Grm
     with pytest.raises(AttributeError, match="it has Example"):
         _ = grm_jax.nothing
+
+
+def test_examples_are_taken_with_neighbours_of_like_length():
+    lengths = [9, 1, 5, 3, 8, 2, 7]
+    examples = [dataclasses.replace(example("a", "b"), id=str(i), responses=("x" * i, "y")) for i in lengths]
+    taken = [len(e.responses[0]) for e in by_length(examples, 4)]
+    assert taken == [1, 3, 5, 9, 8, 7, 2]  # up, then down
+    assert [len(e.responses[0]) for e in by_length(examples, 100)] == sorted(lengths)
+    assert by_length([], 4) == []

@@ -43,9 +43,7 @@ def measure(
     grm: Grm, examples: Sequence[Example], template_of: Callable[[Example], Template], settings: JudgeSettings
 ) -> Measured:
     """Judge labelled examples and hold the verdicts against the labels (Eq. 10, ties by expectation)."""
-    # Neighbours of like length: the longest prompt of a batch decides what memory each of its prompts takes.
-    by_length = sorted(examples, key=lambda example: sum(map(len, example.responses)) + len(str(example.messages)))
-    return measured(examples, grm.judge(by_length, settings, template_of=template_of), settings.seed)
+    return measured(examples, grm.judge(examples, settings, template_of=template_of), settings.seed)
 
 
 def measured(examples: Sequence[Example], found: Iterable[Verdict], seed: int) -> Measured:
