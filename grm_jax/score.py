@@ -25,7 +25,7 @@ from grm_jax.config import JudgeSettings, ScoreConfig
 from grm_jax.data.jsonl import DataError, open_writer, read_examples
 from grm_jax.datatypes import Example, Judgment, Verdict
 from grm_jax.log import logger
-from grm_jax.weights.embedded import EMBEDDED, find_embedded
+from grm_jax.weights.embedded import check_model
 
 EXAMPLES = Path(__file__).parent / "examples" / "examples.jsonl"
 _LOG_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -39,7 +39,7 @@ def run(config: ScoreConfig) -> None:
     examples = _that_fit_templates(examples, config)
     for model in (config.model, config.meta_rm, config.critic):
         if model:
-            _check_model(model)
+            check_model(model)
     with open_writer(config.output, examples, _settings(config), config.overwrite) as writer:
         waiting = [example for example in examples if example.id not in writer.finished]
         if writer.finished:
@@ -103,16 +103,6 @@ def _that_fit_templates(examples: list[Example], config: ScoreConfig) -> list[Ex
     if faults:
         logger.warning("%d rows that do not fit the template left out, the first: %s", len(faults), faults[0])
     return fitting
-
-
-def _check_model(model: str) -> None:
-    """Raise FileNotFoundError for a model that is not there, before --overwrite may empty the output for it."""
-    if model in EMBEDDED:
-        find_embedded(model)
-    elif "://" not in model and not Path(model).expanduser().exists():
-        raise FileNotFoundError(
-            f"{model} does not exist; give a Hugging Face model folder, a .gguf file or one of {', '.join(EMBEDDED)}"
-        )
 
 
 def judge_settings(config: ScoreConfig) -> JudgeSettings:

@@ -21,7 +21,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ from grm_jax.meta_rm import MetaRm
 from grm_jax.recipes import SampleConfig
 from grm_jax.rewards import is_correct, is_tie
 from grm_jax.spct.measure import longest_of
-from grm_jax.weights.embedded import EMBEDDED, find_embedded
+from grm_jax.weights.embedded import check_model
 
 _LOG_SECONDS = 10.0  # between two lines of progress
 _OPTIONAL = (
@@ -126,7 +125,7 @@ def run(config: SampleConfig) -> None:
     _check_places(found.train, name_of, config.hinted)
     for model in (config.model, config.meta_rm):
         if model:
-            _check_model(model)
+            check_model(model)
     tallies = sample_part(
         config, found.train, name_of, jax.process_index(), jax.process_count(),
         functools.partial(load, config.model, config.dtype, config.devices),
@@ -249,16 +248,6 @@ def _check_places(items: Iterable[Example], name_of: Callable[[Example], str], h
             faults.append(str(error))
     if faults:
         raise ValueError("\n  ".join([f"{len(faults)} items do not fit their template:", *faults[:20]]))
-
-
-def _check_model(model: str) -> None:
-    """Raise FileNotFoundError for a model that is not there, before the output may be emptied for it."""
-    if model in EMBEDDED:
-        find_embedded(model)
-    elif "://" not in model and not Path(model).expanduser().exists():
-        raise FileNotFoundError(
-            f"{model} does not exist; give a Hugging Face model folder, a .gguf file or one of {', '.join(EMBEDDED)}"
-        )
 
 
 def part_of(path: str, index: int, count: int) -> str:

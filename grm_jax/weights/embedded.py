@@ -59,3 +59,16 @@ def find_embedded(name: str = "smollm2-135m") -> Path:
             f"{path} has sha256 {digest}, the release has {model.sha256}; install it again: {model.install}"
         )
     return path
+
+
+def check_model(model: str) -> None:
+    """Raise FileNotFoundError for a model that is not there, before an output may be emptied for it; errors as above.
+
+    An embedded model's name or a local path; what lies in a bucket is left to the loaders.
+    """
+    if model in EMBEDDED:
+        find_embedded(model)
+    elif "://" not in model and not Path(model).expanduser().exists():
+        raise FileNotFoundError(
+            f"{model} does not exist; give a Hugging Face model folder, a .gguf file or one of {', '.join(EMBEDDED)}"
+        )
