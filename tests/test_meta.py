@@ -15,12 +15,15 @@ from grm_jax import meta_rm, prompts
 from grm_jax.data import batches
 from grm_jax.datatypes import Message
 from grm_jax.main import main
+from grm_jax.models import lora
+from grm_jax.models.decoder import split_abstract
 from grm_jax.recipes import Checkpoints, Fresh, Lora, MetaConfig, Optimizer
 from grm_jax.spct import calibration, meta, runs, scalar, scalar_batches, scalar_step
 from grm_jax.spct.sample import Sample, read_samples, row_of
 from grm_jax.tokenizer import ByteTokenizer
 from grm_jax.train import policy as training
 from grm_jax.train.policy import Policy
+from grm_jax.weights.adapters import save_adapters
 from grm_jax.weights.save import save_hf
 
 TEMPLATE = prompts.load_template("meta_rm", boxed=False)
@@ -252,6 +255,22 @@ def test_score_and_sample_take_a_meta_rm(trained, tmp_path):
     judged = read_samples(str(tmp_path / "samples.jsonl"))
     assert len(judged) == 4
     assert all(isinstance(one.logit, float) for one in judged)
+
+
+def test_a_meta_rm_may_start_from_a_folder_of_adapters(tmp_path):
+    save_hf(tmp_path / "base", LLAMA, tiny_model().params, ByteTokenizer(), None, "float32")
+    _, shapes = split_abstract(LLAMA)
+    settings = Lora(rank=2)
+    adapters = lora.init(shapes, settings, jax.random.key(0))
+    adapters = {name: value + 0.1 for name, value in adapters.items()}
+    save_adapters(tmp_path / "adapters", LLAMA, adapters, settings, str(tmp_path / "base"))
+    recipe = recipe_of(tmp_path / "run", write(tmp_path / "some.jsonl", many(40)), model=str(tmp_path / "adapters"))
+    begun = scalar.begin(recipe)
+    merged = lora.merge(tiny_model().params, adapters, settings)
+    np.testing.assert_allclose(begun.params["layers.0.mlp.up"], merged["layers.0.mlp.up"], atol=1e-5)
+    assert not begun.params["score"].any()
+    meta.run(dataclasses.replace(recipe, steps=1, held_out=4))
+    assert meta_rm.load(str(tmp_path / "run/model")).model.config.scalar
 
 
 def test_bad_input_is_named(tmp_path, capsys):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grm_jax import metrics, prompts, scalar_rm
+from grm_jax import grm, metrics, prompts, scalar_rm
 from grm_jax.data import batches
 from grm_jax.data import items as labelled
 from grm_jax.models import flops
@@ -30,6 +30,7 @@ from grm_jax.spct.scalar_step import Objective, Texts
 from grm_jax.spct.start import Start
 from grm_jax.train import policy as training
 from grm_jax.train.policy import Policy
+from grm_jax.weights.adapters import is_adapter_folder
 from grm_jax.weights.decoder import load_decoder
 
 _ROWS = 32  # texts that a device measures at once
@@ -45,6 +46,9 @@ def begin(recipe: ScalarConfig) -> Start:
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
     if recipe.model == start.FRESH:
         found = start.fresh(recipe.fresh, recipe.seed, recipe.devices, jnp.dtype(jnp.float32))
+        model, tokenizer = found.model, found.tokenizer
+    elif is_adapter_folder(recipe.model):
+        found = grm.load(recipe.model, "float32", recipe.devices)
         model, tokenizer = found.model, found.tokenizer
     else:
         model, tokenizer = load_decoder(recipe.model, "float32", recipe.devices)
