@@ -1,0 +1,88 @@
+"""The rows of a benchmark's official files: JSON, JSON Lines and parquet, plain or `.gz`, in a folder, local or gs://."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from etils import epath
+
+from grm_jax.data.jsonl import SHOWN_ROWS, BadRow, DataError, RowError
+
+Found = TypeVar("Found")
+_REGEX = {"**/": "(?:.*/)?", "*": "[^/]*"}
+
+
+def find(folder: str, patterns: Sequence[str], where: str) -> list[epath.Path]:
+    """The files of the first pattern that any file below the folder matches, in the order of their names; a file is itself.
+
+    In a pattern `*` stands for a part of a name and `**/` for any folders. Raises FileNotFoundError, with the patterns and
+    `where` to get the files.
+    """
+    root = epath.Path(folder).expanduser()
+    if root.is_file():
+        return [root]
+    files = dict(sorted(_below(root))) if root.exists() else {}
+    for pattern in patterns:
+        regex = re.compile("".join(_REGEX.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)))
+        if found := [path for name, path in files.items() if regex.fullmatch(name)]:
+            return found
+    raise FileNotFoundError(f"{folder} has no {' or '.join(patterns)}: {where}")
+
+
+def _below(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """(Name relative to the folder, path) of every file below it; hidden ones are passed over."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _below(path, f"{prefix}{path.name}/")
+        else:
+            yield f"{prefix}{path.name}", path
+
+
+def rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a file, from 1 on. Raises DataError, naming the file, where it cannot be read as its ending says."""
+    name, data = str(path), path.read_bytes()
+    try:
+        if name.endswith(".gz"):
+            name, data = name.removesuffix(".gz"), gzip.decompress(data)
+        if name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            found = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        elif name.endswith(".jsonl"):
+            found = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        else:
+            found = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, EOFError, OSError, zlib.error) as error:  # Arrow's errors are ValueErrors and OSErrors
+        raise DataError(f"cannot read {path}: {error}; give the official file") from error
+    if not isinstance(found, list):
+        raise DataError(f"{path} holds a {type(found).__name__}; the official file is a list of rows")
+    yield from enumerate(found, 1)
+
+
+def parsed(paths: Sequence[epath.Path], parse: Callable[[epath.Path, int, dict[str, Any]], list[Found]]) -> list[Found]:
+    """What `parse` makes of all rows, several or none of each. Raises DataError that lists the rows it refuses."""
+    found: list[Found] = []
+    bad: list[BadRow] = []
+    for path in paths:
+        for number, row in rows(path):
+            try:
+                if not isinstance(row, dict):
+                    raise RowError(row, "a row is a JSON object")
+                found += parse(path, number, row)
+            except KeyError as error:
+                bad.append(BadRow(str(path), number, ", ".join(sorted(row)), f"a row has the key {error}"))
+            except RowError as error:
+                bad.append(BadRow(str(path), number, error.value, error.rule))
+    if bad:
+        listed = "".join(f"\n  {row}" for row in bad[:SHOWN_ROWS])
+        more = f"\n  and {len(bad) - SHOWN_ROWS} more" * (len(bad) > SHOWN_ROWS)
+        raise DataError(f"{len(bad)} rows are not as the official files have them:{listed}{more}", bad)
+    return found

@@ -1,0 +1,248 @@
+"""The official files of the benchmarks, as cases. Each function takes a folder (or one file), local or gs://.
+
+Every loader keeps the files' order of responses; the judge shows them in orders of its own. Rows that no metric can use,
+such as a preference that is a tie, are dropped and counted. What is missing is an error that says where the files are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from grm_jax.data.benchmarks import metrics
+from grm_jax.data.benchmarks.cases import Benchmark, Case
+from grm_jax.data.benchmarks.files import find, parsed
+from grm_jax.data.jsonl import RowError, conversation_of, id_of, parse_row, text_of, turns_of
+from grm_jax.datatypes import Example, Message
+
+_HUB = "download it from the dataset hub as parquet or JSON Lines: "
+RAW_MATH = "math-prm"  # counts 984 in the score and has 447 rows
+
+
+def reward_bench(folder: str) -> Benchmark:
+    """RewardBench 1: rows {prompt, chosen, rejected, subset, id}, split `filtered`; the prior sets are left out."""
+    patterns = ("**/filtered*.parquet", "**/filtered*.jsonl*", "**/*.parquet", "**/*.jsonl*")
+    paths = find(folder, patterns, f"{_HUB}allenai/reward-bench, split filtered")
+    counts = {subset: count for section in metrics.SECTIONS.values() for subset, count in section.items()}
+    dropped: Counter[str] = Counter()
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        subset = text_of(row["subset"], "subset")
+        if subset not in counts:
+            dropped[f"subset {subset} is not in the score"] += 1
+            return []
+        responses = text_of(row["chosen"], "chosen"), text_of(row["rejected"], "rejected")
+        return [
+            _case(f"{subset}/{id_of(row.get('id', number))}", _messages(row["prompt"]), responses, (1.0, 0.0), subset)
+        ]
+
+    return Benchmark("reward_bench", parsed(paths, parse), counts | {RAW_MATH: 447}, metrics.reward_bench, dropped)
+
+
+def reward_bench_2(folder: str) -> Benchmark:
+    """RewardBench 2: rows {id, prompt, chosen: [...], rejected: [...], subset}; ids of `Ties` are ref:N and tied:N."""
+    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), f"{_HUB}allenai/reward-bench-2")
+    official = {"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102}
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        subset, id = text_of(row["subset"], "subset"), id_of(row["id"])
+        right, wrong = ([text_of(text, key) for text in row[key]] for key in ("chosen", "rejected"))
+        if not right or not wrong:
+            raise RowError(len(right), "a row has right and wrong responses")
+        if subset == "Ties" and id.partition(":")[0] not in ("ref", "tied"):
+            raise RowError(id, "an id of Ties is ref:N or tied:N")
+        labels = (1.0,) * len(right) + (0.0,) * len(wrong)
+        return [_case(f"{subset}/{id}", _messages(row["prompt"]), (*right, *wrong), labels, subset)]
+
+    return Benchmark("reward_bench_2", parsed(paths, parse), official, metrics.reward_bench_2)
+
+
+def ppe_preference(folder: str) -> Benchmark:
+    """PPE human preference: rows {question_id, prompt, response_1, response_2, winner, language}; ties are dropped."""
+    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), f"{_HUB}lmarena-ai/PPE-Human-Preference-V1")
+    labels = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
+    dropped: Counter[str] = Counter()
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        winner = text_of(row["winner"], "winner")
+        if winner.startswith("tie"):
+            dropped["tie"] += 1
+            return []
+        if winner not in labels:
+            raise RowError(winner, "a winner is model_a, model_b or a tie")
+        responses = text_of(row["response_1"], "response_1"), text_of(row["response_2"], "response_2")
+        id = id_of(row.get("question_id", number))
+        return [_case(id, _messages(row["prompt"]), responses, labels[winner], str(row.get("language") or "all"))]
+
+    return Benchmark("ppe_preference", parsed(paths, parse), {}, metrics.preferences, dropped)
+
+
+def ppe_correctness(folder: str) -> Benchmark:
+    """PPE correctness: five sets in files or folders of their names; each conflict pair of a row is a case."""
+    names = ("MMLU-Pro", "MATH", "GPQA", "MBPP-Plus", "IFEval")
+    where = f"{_HUB}lmarena-ai/PPE-{{{','.join(names)}}}-Best-of-K"
+    cases: list[Case] = []
+    for name in names:
+        patterns = (f"*{name}*/**/*.parquet", f"*{name}*/**/*.jsonl*", f"*{name}*.parquet", f"*{name}*.jsonl*")
+        cases += parsed(find(folder, patterns, where), _conflicts(name))
+    return Benchmark("ppe_correctness", cases, {}, metrics.ppe_correctness)
+
+
+def _conflicts(name: str) -> Callable[[epath.Path, int, dict[str, Any]], list[Case]]:
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        messages, group = _messages(row["prompt"]), f"{name}/{id_of(row.get('question_id', number))}"
+        found = []
+        for i, j in row["sampled_conflict_pairs"]:
+            scores = row["scores"][i], row["scores"][j]
+            if bool(scores[0]) == bool(scores[1]):
+                raise RowError([i, j], "a conflict pair has one right response")
+            responses = tuple(text_of(row[f"response_{k + 1}"], f"response_{k + 1}") for k in (i, j))
+            found.append(_case(f"{group}/{i}-{j}", messages, responses, tuple(map(float, scores)), name, group))
+        return found
+
+    return parse
+
+
+def rmb(folder: str) -> Benchmark:
+    """RMB: `Pairwise_set` and `BoN_set`, each with Helpfulness and Harmlessness; a best-of-n list is one case."""
+    where = "take the folder RMB_dataset of the repository Zhou-Zoey/RMB-Reward-Model-Benchmark"
+    cases: list[Case] = []
+    for part in ("Helpfulness", "Harmlessness"):
+        for kind, parse in (("Pairwise_set", _rmb_pair), ("BoN_set", _rmb_list)):
+            paths = find(folder, (f"**/{kind}/{part}/**/*.json",), where)
+            cases += parsed(paths, lambda path, number, row, p=part, of=parse: of(p, row))
+    return Benchmark("rmb", cases, {}, metrics.rmb)
+
+
+def _rmb_pair(part: str, row: Mapping[str, Any]) -> list[Case]:
+    responses = tuple(text_of(row[key]["answer"], key) for key in ("chosen", "reject"))
+    subset, id = f"{part} pairwise", id_of(row["pair_uid"])
+    return [_case(f"{subset}/{id}", _messages(row["conversation_input"]), responses, (1.0, 0.0), subset)]
+
+
+def _rmb_list(part: str, row: Mapping[str, Any]) -> list[Case]:
+    losers = [text_of(loser["answer"], "loser_list") for loser in row["loser_list"]]
+    responses, labels = (text_of(row["bon_best"]["answer"], "bon_best"), *losers), (1.0,) + (0.0,) * len(losers)
+    subset, id = f"{part} BoN", id_of(row["bon_uid"])
+    return [_case(f"{subset}/{id}", _messages(row["conversation_input"]), responses, labels, subset)]
+
+
+def rm_bench(folder: str) -> Benchmark:
+    """RM-Bench: rows {id, prompt, chosen: [3], rejected: [3], domain}; a row's six responses are judged as one list."""
+    where = "take total_dataset.json of the repository THU-KEG/RM-Bench"
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        if "responses" in row:  # six in one list, chosen first
+            example = parse_row(row, str(number))
+            messages, responses, domain = example.messages, example.responses, text_of(row["subset"], "subset")
+        else:
+            messages, domain = _messages(row["prompt"]), text_of(row["domain"], "domain")
+            responses = tuple(text_of(text, key) for key in ("chosen", "rejected") for text in row[key])
+        if len(responses) != 6:
+            raise RowError(len(responses), "a row has three chosen and three rejected responses")
+        return [_case(f"{domain}/{id_of(row['id'])}", messages, responses, (1.0,) * 3 + (0.0,) * 3, domain)]
+
+    paths = find(folder, ("**/total_dataset.json*", "**/*.json", "**/*.jsonl*"), where)
+    return Benchmark("rm_bench", parsed(paths, parse), {}, metrics.rm_bench)
+
+
+_JUDGE_BENCH = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
+
+
+def judge_bench(folder: str) -> Benchmark:
+    """JudgeBench: rows {pair_id, source, question, response_A, response_B, label}; subsets are the four kinds of source."""
+    where = f"{_HUB}ScalerLab/JudgeBench, split gpt (or claude)"
+    labels = {"A>B": (1.0, 0.0), "B>A": (0.0, 1.0)}
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        if row["label"] not in labels:
+            raise RowError(row["label"], "a label is A>B or B>A")
+        source = text_of(row["source"], "source")
+        subset = next((name for name in _JUDGE_BENCH if source.startswith(name)), source)
+        responses = text_of(row["response_A"], "response_A"), text_of(row["response_B"], "response_B")
+        return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
+
+    paths = find(folder, ("**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet"), where)
+    return Benchmark("judge_bench", parsed(paths, parse), {}, metrics.judge_bench)
+
+
+def real_mistake(folder: str) -> Benchmark:
+    """ReaLMistake: rows {input, llm_response, error_label, metadata}; one response, label 1 for no error."""
+    where = "unpack the data of the repository psunlpgroup/ReaLMistake"
+    labels = {"error": 0.0, "no_error": 1.0}
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        if row["error_label"] not in labels:
+            raise RowError(row["error_label"], "an error_label is error or no_error")
+        told = row["metadata"]
+        subset = f"{told['task_name']} {told['llm_response_model']}"
+        id = f"{subset}/{id_of(told.get('id', f'{path.name}-{number}'))}"
+        response = (text_of(row["llm_response"], "llm_response"),)
+        return [_case(id, _messages(row["input"]), response, (labels[row["error_label"]],), subset)]
+
+    return Benchmark("real_mistake", parsed(find(folder, ("**/*.jsonl*",), where), parse), {}, metrics.real_mistake)
+
+
+def llm_bar(folder: str) -> Benchmark:
+    """LLMBar: rows {input, output_1, output_2, label} in Natural and Adversarial/{Neighbor,GPTInst,GPTOut,Manual}."""
+    where = "take the folder Dataset/LLMBar of the repository princeton-nlp/LLMBar"
+    official = {"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        if row["label"] not in (1, 2):
+            raise RowError(row["label"], "a label is 1 or 2")
+        subset = path.parent.name
+        if subset not in official:
+            raise RowError(subset, f"the folder of a file is one of {', '.join(official)}")
+        labels = (1.0, 0.0) if row["label"] == 1 else (0.0, 1.0)
+        responses = text_of(row["output_1"], "output_1"), text_of(row["output_2"], "output_2")
+        return [_case(f"{subset}/{number}", _messages(row["input"]), responses, labels, subset)]
+
+    paths = find(folder, ("**/dataset.json", "**/*.json"), where)
+    return Benchmark("llm_bar", parsed(paths, parse), official, metrics.llm_bar)
+
+
+def preferences(folder: str) -> Benchmark:
+    """Rows as `score` and training take them, with labels; those without a single best response are dropped."""
+    paths = find(
+        folder, ("**/*.jsonl*",), 'give JSON Lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    )
+    dropped: Counter[str] = Counter()
+
+    def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
+        example = parse_row(row, f"{path.name}-{number}")
+        if example.scores is None:
+            raise RowError(sorted(row), "a row has labels: 'scores', or 'chosen' and 'rejected'")
+        if example.scores.count(max(example.scores)) > 1 or len(example.responses) < 2:
+            dropped["no single best response"] += 1
+            return []
+        subset = text_of(row["subset"], "subset") if row.get("subset") else example.source or path.name.split(".")[0]
+        return [Case(example, subset, example.id)]
+
+    return Benchmark("preferences", parsed(paths, parse), {}, metrics.preferences, dropped)
+
+
+def _case(
+    id: str, messages: tuple[Message, ...], responses: tuple[str, ...], labels: tuple[float, ...], subset: str,
+    group: str | None = None,
+) -> Case:  # fmt: skip
+    return Case(Example(id, messages, responses, labels), subset, group or id)
+
+
+def _messages(prompt: object) -> tuple[Message, ...]:
+    """A conversation that is text or turns."""
+    if isinstance(prompt, str):
+        return conversation_of({"prompt": prompt})
+    return turns_of(prompt, "prompt")
+
+
+BENCHMARKS: dict[str, Callable[[str], Benchmark]] = {
+    loader.__name__: loader
+    for loader in (
+        *(reward_bench, reward_bench_2, ppe_preference, ppe_correctness, rmb),
+        *(rm_bench, judge_bench, real_mistake, llm_bar, preferences),
+    )
+}
