@@ -130,6 +130,57 @@ class ScoreConfig(JudgeSettings):
             raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")
 
 
+BENCHMARKS = (
+    *("reward_bench", "reward_bench_2", "ppe_preference", "ppe_correctness", "rmb"),
+    *("rm_bench", "judge_bench", "real_mistake", "llm_bar", "preferences"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(JudgeSettings):
+    """Judge a benchmark's cases k times each, and report every vote for every k' up to k."""
+
+    benchmark: str | None = None
+    """its name"""
+    data: str | None = None
+    """its official files: a folder or a file, local or gs://"""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """report anew from this judgments.jsonl, without a model or data"""
+    output: str = "report"
+    """a folder, local or gs://: judgments.jsonl, report.json, report.md; an interrupted run goes on there"""
+    model: str = "smollm2-135m"
+    """an embedded model's name, a Hugging Face folder or a .gguf file"""
+    meta_rm: str | None = None
+    """a meta RM's folder: its guided vote is reported too"""
+    limit: int | None = None
+    """queries, drawn by the seed; the total is then no score of the benchmark"""
+    greedy: bool = True
+    """judge once more at temperature 0, for the greedy point"""
+    force_scores: bool = False
+    """where a judgment holds no valid box, open one and sample the scores under a mask"""
+    slots: int = 64
+    """samples decoded at once"""
+    dtype: Dtype | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    devices: int | None = None
+    """devices that share the batch; by default one on CPU, all elsewhere"""
+    overwrite: bool = False
+    """start anew where the output exists"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_vote(guided=self.meta_rm is not None)
+        if self.stop_risk is not None:
+            raise ValueError(f"stop_risk = {self.stop_risk}: a curve needs all judgments of every case, leave it out")
+        if self.from_ is None and (self.data is None or self.benchmark is None):
+            raise ValueError("give --benchmark NAME and --data PATH, or --from judgments.jsonl of an earlier run")
+        if self.benchmark is not None and self.benchmark not in BENCHMARKS:
+            raise ValueError(f"benchmark = {self.benchmark!r}: known are {', '.join(BENCHMARKS)}")
+        for name in ("limit", "devices"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """Time prefill and decode on random prompts, against what this machine can do."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, recipes
-from grm_jax.config import BenchConfig, ScoreConfig, parse
+from grm_jax.config import BenchConfig, EvalConfig, ScoreConfig, parse
 
 
 def score(args: Sequence[str]) -> None:
@@ -36,6 +36,14 @@ def sample(args: Sequence[str]) -> None:
     """judge labelled items and write every judgment with its correctness"""
     config = recipes.load(recipes.SampleConfig, args, "grm_jax.main sample")
     from grm_jax.spct.sample import run
+
+    run(config)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """judge a benchmark and report every vote for every number of judgments"""
+    config = parse(EvalConfig, args, "grm_jax.main eval")
+    from grm_jax.evals.run import run
 
     run(config)
 
@@ -91,6 +99,7 @@ def cloud(args: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "sample": sample,
+    "eval": evaluate,
     "rft": rft,
     "rl": rl,
     "meta_rm": meta_rm,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grm_jax import config
 from grm_jax.data.benchmarks import BENCHMARKS, Case, Scored, metrics
 from grm_jax.data.jsonl import DataError
 from grm_jax.datatypes import Example, Message
@@ -252,6 +253,10 @@ def test_generic_preferences(tmp_path):
     found = BENCHMARKS["preferences"](str(tmp_path / "mine.jsonl"))
     assert [(c.example.id, c.subset) for c in found.cases] == [("a", "mine"), ("b", "hard")]
     assert found.dropped == {"no single best response": 1}
+
+
+def test_the_command_line_knows_every_benchmark():
+    assert tuple(BENCHMARKS) == config.BENCHMARKS
 
 
 def test_what_is_missing_or_wrong_is_named(tmp_path):

@@ -36,6 +36,7 @@ FLOORS = (
     {"baselines"},
     {"__init__"},
     {"bench", "score", "spct"},
+    {"evals"},
     {"main"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -52,9 +52,9 @@ def split(samples: Sequence[Sample], recipe: MetaConfig) -> tuple[list[Sample], 
     A hinted judge knew the answer: its judgments say nothing of those that the meta RM will guide. Raises ValueError
     where nothing is left to train on.
     """
-    plain = [sample for sample in samples if not sample.hinted]
+    plain = [sample for sample in samples if not sample.hinted and sample.correct is not None]
     if len(plain) < len(samples):
-        logger.info("%d hinted judgments left out", len(samples) - len(plain))
+        logger.info("%d judgments left out, hinted or of several best responses", len(samples) - len(plain))
     examples = {id(sample): sample.example for sample in plain}
     distinct = list({(example.id, example.messages): example for example in examples.values()}.values())
     _, out = labelled.split(distinct, recipe.held_out, recipe.seed)
@@ -63,8 +63,8 @@ def split(samples: Sequence[Sample], recipe: MetaConfig) -> tuple[list[Sample], 
     train = [sample for sample in plain if sample.messages not in talks]
     if not train:
         raise ValueError(
-            f"of {len(samples)} judgments {len(samples) - len(plain)} are hinted and {len(held)} held out: none is left to "
-            "train on, give more samples or hold out fewer"
+            f"of {len(samples)} judgments {len(samples) - len(plain)} are hinted or of several best responses, and "
+            f"{len(held)} held out: none is left to train on, give more samples or hold out fewer"
         )
     for name, part in (("train on", train), ("measure on", held)):
         right = sum(sample.correct for sample in part)

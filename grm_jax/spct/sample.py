@@ -42,14 +42,8 @@ from grm_jax.spct.measure import longest_of
 from grm_jax.weights.embedded import check_model
 
 _LOG_SECONDS = 10.0  # between two lines of progress
-_OPTIONAL = (
-    "reference",
-    "strength",
-    "reason",
-    "ended",
-    "logit",
-    "values",
-)  # keys that a row lacks where there is nothing to say
+# Keys that a row lacks where there is nothing to say.
+_OPTIONAL = ("reference", "strength", "reason", "correct", "ended", "logit", "values", "forced", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +54,8 @@ class Sample:
     i. `scores` is None, with a `reason`, where the text holds no valid box. `template` is the name or file that showed
     the item, `sample` the judgment's number among the item's, `tokens` the length of the text without its end id, and
     `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked, and
-    `values` are those of `Judgment`.
+    `values` are those of `Judgment`. `correct` is None where several responses are the best. Of `eval`: `forced` scores
+    (`sample` never forces any), and the `group` of cases that have one query.
     """
 
     id: str
@@ -74,7 +69,7 @@ class Sample:
     text: str
     scores: tuple[int, ...] | None
     reason: str | None
-    correct: bool
+    correct: bool | None
     hinted: bool
     sample: int
     tokens: int
@@ -82,6 +77,8 @@ class Sample:
     template: str
     logit: float | None = None
     values: tuple[float, ...] | None = None
+    forced: bool | None = None
+    group: str | None = None
 
     @property
     def example(self) -> Example:
@@ -186,10 +183,12 @@ def sample_items(
     hint_of = labelled.hint_of if hinted else None
     for verdict in grm.judge(items, settings, lambda item: template(name_of(item)), hint_of, guide):
         item = by_id[verdict.id]
-        yield verdict, _samples(item, verdict, name_of(item), settings.max_new_tokens, hinted)
+        yield verdict, samples_of(item, verdict, name_of(item), settings.max_new_tokens, hinted)
 
 
-def _samples(item: Example, verdict: Verdict, template: str, budget: int, hinted: bool) -> list[Sample]:
+def samples_of(item: Example, verdict: Verdict, template: str, budget: int, hinted: bool) -> list[Sample]:
+    """The judgments of a labelled item's verdict as samples."""
+    single = len(item.scores) == 1 or item.scores.count(max(item.scores)) == 1
     return [
         Sample(
             id=item.id,
@@ -203,7 +202,7 @@ def _samples(item: Example, verdict: Verdict, template: str, budget: int, hinted
             text=judgment.text,
             scores=judgment.scores,
             reason=judgment.reason,
-            correct=is_correct(judgment.scores, item.scores),
+            correct=is_correct(judgment.scores, item.scores) if single else None,
             hinted=hinted,
             sample=j,
             tokens=judgment.tokens,

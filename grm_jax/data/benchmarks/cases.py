@@ -38,14 +38,15 @@ Metric = Callable[[Sequence[Case], Sequence[Scored]], dict[str, float]]
 class Benchmark:
     """Cases, the number of rows that each subset officially has, and the metric: numbers by name, the total as `score`.
 
-    `dropped` counts by reason the rows that are no case. Where the rows are not the official ones, the metric's `score`
-    is no score of the benchmark.
+    `least`: judgments of a case that the metric needs. `dropped` counts by reason the rows that are no case. Where the rows
+    are not the official ones, the metric's `score` is no score of the benchmark.
     """
 
     name: str
     cases: list[Case]
     official: Mapping[str, int]
     metric: Metric
+    least: int = 1
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def missing(self) -> dict[str, tuple[int, int]]:

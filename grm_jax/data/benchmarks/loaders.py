@@ -39,7 +39,9 @@ def reward_bench(folder: str) -> Benchmark:
             _case(f"{subset}/{id_of(row.get('id', number))}", _messages(row["prompt"]), responses, (1.0, 0.0), subset)
         ]
 
-    return Benchmark("reward_bench", parsed(paths, parse), counts | {RAW_MATH: 447}, metrics.reward_bench, dropped)
+    return Benchmark(
+        "reward_bench", parsed(paths, parse), counts | {RAW_MATH: 447}, metrics.reward_bench, dropped=dropped
+    )
 
 
 def reward_bench_2(folder: str) -> Benchmark:
@@ -77,7 +79,7 @@ def ppe_preference(folder: str) -> Benchmark:
         id = id_of(row.get("question_id", number))
         return [_case(id, _messages(row["prompt"]), responses, labels[winner], str(row.get("language") or "all"))]
 
-    return Benchmark("ppe_preference", parsed(paths, parse), {}, metrics.preferences, dropped)
+    return Benchmark("ppe_preference", parsed(paths, parse), {}, metrics.preferences, dropped=dropped)
 
 
 def ppe_correctness(folder: str) -> Benchmark:
@@ -166,7 +168,7 @@ def judge_bench(folder: str) -> Benchmark:
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
     paths = find(folder, ("**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet"), where)
-    return Benchmark("judge_bench", parsed(paths, parse), {}, metrics.judge_bench)
+    return Benchmark("judge_bench", parsed(paths, parse), {}, metrics.judge_bench, least=2)
 
 
 def real_mistake(folder: str) -> Benchmark:
@@ -202,7 +204,7 @@ def llm_bar(folder: str) -> Benchmark:
         return [_case(f"{subset}/{number}", _messages(row["input"]), responses, labels, subset)]
 
     paths = find(folder, ("**/dataset.json", "**/*.json"), where)
-    return Benchmark("llm_bar", parsed(paths, parse), official, metrics.llm_bar)
+    return Benchmark("llm_bar", parsed(paths, parse), official, metrics.llm_bar, least=2)
 
 
 def preferences(folder: str) -> Benchmark:
@@ -222,7 +224,7 @@ def preferences(folder: str) -> Benchmark:
         subset = text_of(row["subset"], "subset") if row.get("subset") else example.source or path.name.split(".")[0]
         return [Case(example, subset, example.id)]
 
-    return Benchmark("preferences", parsed(paths, parse), {}, metrics.preferences, dropped)
+    return Benchmark("preferences", parsed(paths, parse), {}, metrics.preferences, dropped=dropped)
 
 
 def _case(

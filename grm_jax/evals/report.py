@@ -1,0 +1,137 @@
+"""A report: all numbers as JSON, tables as Markdown, and two lines for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grm_jax.data.benchmarks import Benchmark
+
+
+def whole(
+    benchmark: Benchmark, protocol: Mapping[str, Any], found: Mapping[str, Any], greedy: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that `report.json` holds. `complete`: the rows are the official ones, as far as their number is known."""
+    missing = {subset: {"rows": here, "official": rows} for subset, (here, rows) in benchmark.missing().items()}
+    return {
+        "benchmark": benchmark.name,
+        "cases": len(benchmark.cases),
+        "queries": len({case.group for case in benchmark.cases}),
+        "complete": bool(benchmark.official) and not missing and not protocol.get("limit"),
+        "missing": missing,
+        "dropped": dict(benchmark.dropped),
+        "protocol": dict(protocol),
+        **found,
+        "greedy": greedy,
+    }
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """How the judgments came to be, in a line."""
+    templates = ", ".join(f"{name} {sha[:8]}" for name, sha in protocol["template"].items())
+    guide = f", meta RM {protocol['meta_rm']}" if protocol["meta_rm"] else ""
+    forced = "forced" if protocol["force_scores"] else "not forced"
+    return (
+        f"{protocol['votes']} judgments a case at temperature {protocol['temperature']:g}, responses in orders drawn by "
+        f"seed {protocol['seed']}, scores {forced}, ties by expectation, unread verdicts worth nothing; model "
+        f"{protocol['model']} (weights {protocol['weights']}){guide}; templates {templates}"
+    )
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The totals for the terminal."""
+    lines = []
+    for name, curve in report["curves"].items():
+        points = ", ".join(f"{k}: {_percent(numbers.get('score'))}" for k, numbers in curve.items())
+        lines.append(f"{name}: {points}")
+    if report["greedy"]:
+        lines.append(f"greedy: {_percent(report['greedy']['numbers'].get('score'))}")
+    if not report["complete"]:
+        lines.append("not the official rows: no score of the benchmark")
+    return "\n".join(lines)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: totals by vote and k, numbers by subset, baselines, and what else was measured."""
+    parts = [f"# {report['benchmark']}", "", protocol_line(report["protocol"]), ""]
+    parts += [f"{report['cases']} cases of {report['queries']} queries.", ""]
+    if report["dropped"]:
+        parts += [f"Dropped: {', '.join(f'{count} {reason}' for reason, count in report['dropped'].items())}.", ""]
+    if not report["complete"]:
+        said = "; ".join(f"{name} {n['rows']} of {n['official']}" for name, n in report["missing"].items())
+        why = (
+            f"Rows that differ from the official set: {said}."
+            if said
+            else "Whether all official rows are here is not known."
+        )
+        parts += [f"**These totals are no score of the benchmark.** {why}", ""]
+    total = "score" if report["complete"] else "mean"
+    ks = list(dict.fromkeys(k for curve in report["curves"].values() for k in curve))
+    rows = [[name, *(_percent(curve.get(k, {}).get("score")) for k in ks)] for name, curve in report["curves"].items()]
+    parts += [f"## {total.capitalize()} after k judgments", "", *_table(["vote", *ks], rows), ""]
+    parts += ["## Numbers", "", *_numbers(report), ""]
+    parts += ["## What else was measured", "", *_table(["", ""], _rest(report)), ""]
+    parts += ["## Scores given", "", *_table(["score", "times"], list(map(list, report["histogram"].items()))), ""]
+    told = [
+        [f"{row['from']:.1f} to {row['to']:.1f}", row["cases"], _percent(row["told"]), _percent(row["right"])]
+        for row in report["calibration"]["table"]
+    ]
+    parts += [
+        "## The vote's share and how often it is right",
+        "",
+        *_table(["share", "cases", "mean", "right"], told),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _numbers(report: Mapping[str, Any]) -> list[str]:
+    """Each number at the last k of each vote with its interval, beside the greedy point and the baselines."""
+    last = {name: curve[list(curve)[-1]] for name, curve in report["curves"].items() if curve}
+    greedy = report["greedy"] or {"numbers": {}, "intervals": {}}
+    names = dict.fromkeys(name for numbers in (*last.values(), *report["baselines"].values()) for name in numbers)
+    rows = [
+        [
+            name if name != "score" or report["complete"] else "mean (no score of the benchmark)",
+            *(_with_interval(numbers.get(name), report["intervals"][way].get(name)) for way, numbers in last.items()),
+            _with_interval(greedy["numbers"].get(name), greedy["intervals"].get(name)),
+            *(_percent(numbers.get(name)) for numbers in report["baselines"].values()),
+        ]
+        for name in names
+    ]
+    return _table(["", *last, "greedy", "longer response", "drawing lots"], rows)
+
+
+def _rest(report: Mapping[str, Any]) -> list[list[str]]:
+    tokens = ", ".join(f"{k}: {count}" for k, count in report["tokens_after"].items())
+    return [
+        ["judgments that could not be read", _percent(report["unread_judgments"])],
+        ["cases without any that could", _percent(report["unread_cases"])],
+        ["ties of the plain vote", _percent(report["ties"])],
+        ["position bias (0 none, 1 always the first)", _signed(report["position_bias"])],
+        ["both orders prefer the same response", _percent(report["order_agreement"])],
+        ["gap between the vote's share and how often it is right", _percent(report["calibration"]["gap"])],
+        ["tokens of a judgment", f"{report['tokens_of_judgment']:.0f}"],
+        ["tokens of all cases after k judgments", tokens],
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
+    if value is None or bounds is None:
+        return _percent(value)
+    return f"{_percent(value)} ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
+
+
+def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    def line(cells: Sequence[Any]) -> str:
+        return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return [line(head), f"|{'---|' * len(head)}", *map(line, rows)]

@@ -1,0 +1,235 @@
+"""`eval`: a benchmark's cases judged k times, and a report of every vote for every k' up to k.
+
+1. The official files are read, the cases held against their templates and the output opened, before a model is loaded.
+2. Every case is judged k times, each judgment a row of `judgments.jsonl` (the format of `sample`); an interrupted run goes
+   on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`.
+3. `report.json` and `report.md` are made from those rows alone, so `--from judgments.jsonl` makes them anew.
+
+Process i of c judges cases[i::c] into a part of its own; process 0 reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from grm_jax import meta_rm, prompts
+from grm_jax.checkpoint import digest
+from grm_jax.config import EvalConfig, JudgeSettings
+from grm_jax.data import items as labelled
+from grm_jax.data.benchmarks import BENCHMARKS, Benchmark, Case
+from grm_jax.data.jsonl import DataError, open_writer
+from grm_jax.datatypes import Example
+from grm_jax.evals import measure, report, table
+from grm_jax.grm import Grm, Guide, load
+from grm_jax.log import logger
+from grm_jax.spct.sample import Sample, part_of, read_samples, row_of, samples_of
+from grm_jax.weights.embedded import check_model
+
+JUDGMENTS, GREEDY = "judgments.jsonl", "greedy.jsonl"
+_LOG_SECONDS = 10.0
+
+Judge = tuple[Grm, Guide | None]
+
+
+def run(config: EvalConfig) -> None:
+    """Judge and report. Raises FileNotFoundError, DataError and ValueError for bad input before a model is loaded."""
+    if config.from_ is not None:
+        again(config)
+        return
+    benchmark = limited(BENCHMARKS[config.benchmark](config.data), config.limit, config.seed)
+    for reason, count in benchmark.dropped.items():
+        logger.info("dropped %d: %s", count, reason)
+    if not benchmark.cases:
+        raise DataError(f"{config.data} has no cases of {config.benchmark}: give the official files")
+    templates = templates_of(benchmark.cases, config)
+    for model in (config.model, config.meta_rm):
+        if model:
+            check_model(model)
+    opened = functools.cache(lambda: open_judge(config))
+    settings = _settings(config)
+    rows = judged(config, benchmark, settings, JUDGMENTS, templates, opened)
+    once = []
+    if config.greedy:
+        alone = dataclasses.replace(
+            settings, votes=benchmark.least, temperature=0.0, k_meta=None, expected_scores=False
+        )
+        once = judged(config, benchmark, alone, GREEDY, templates, lambda: (opened()[0], None))
+    if jax.process_index() == 0:
+        _report(config.output, benchmark, rows, once, protocol_of(config.output), config)
+
+
+def again(config: EvalConfig) -> None:
+    """The report from the rows of an earlier run."""
+    place = epath.Path(config.from_)
+    rows = read_samples(str(place))
+    greedy = place.parent / GREEDY
+    protocol = protocol_of(str(place.parent))
+    name = config.benchmark or protocol["benchmark"]
+    of_id = {row.id: row for row in rows}
+    cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
+    least = 2 if name in ("judge_bench", "llm_bar") else 1
+    benchmark = Benchmark(name, cases, protocol["official"], metric_of(name), least, protocol["dropped"])
+    once = read_samples(str(greedy)) if greedy.exists() else []
+    _report(config.output, benchmark, rows, once, protocol, config)
+
+
+def metric_of(name: str) -> Any:
+    """The metric of a benchmark, without its files."""
+    from grm_jax.data.benchmarks import metrics
+
+    return metrics.preferences if name == "ppe_preference" else getattr(metrics, name)
+
+
+def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
+    """The benchmark with the cases of at most `limit` queries, those that the seed ranks first."""
+    groups = [Example(group, (), ()) for group in dict.fromkeys(case.group for case in benchmark.cases)]
+    kept = {group.id for group in labelled.limited(groups, limit, seed)}
+    return dataclasses.replace(benchmark, cases=[case for case in benchmark.cases if case.group in kept])
+
+
+def templates_of(cases: Sequence[Case], config: EvalConfig) -> dict[int, str]:
+    """The template's name for each number of responses. Raises DataError for cases that it has no place for."""
+    found, faults = {}, []
+    for case in cases:
+        n = len(case.example.responses)
+        found.setdefault(n, config.template or ("listwise" if n > 1 else "single"))
+        try:
+            prompts.check_places(case.example, prompts.load_template(found[n]))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n  ".join([f"{len(faults)} cases do not fit the template:", *faults[:20]]))
+    return found
+
+
+def open_judge(config: EvalConfig) -> Judge:
+    """The model, and the meta RM where one is asked."""
+    guide = meta_rm.load(config.meta_rm, config.dtype, config.devices) if config.meta_rm else None
+    return load(config.model, config.dtype, config.devices), guide
+
+
+def _settings(config: EvalConfig) -> JudgeSettings:
+    return JudgeSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(JudgeSettings)})
+
+
+def judged(
+    config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, file: str, templates: Mapping[int, str],
+    opened: Callable[[], Judge],
+) -> list[Sample]:  # fmt: skip
+    """The rows of all cases under these settings; those that are not in the file yet are judged into it."""
+    index, count = jax.process_index(), jax.process_count()
+    path = f"{config.output}/{file}"
+    mine = benchmark.cases[index::count]
+    known = _record(config, benchmark, settings, templates)
+    with open_writer(
+        path if count == 1 else part_of(path, index, count),
+        [_named(case) for case in mine],
+        known,
+        config.overwrite,
+        each=settings.votes,
+    ) as writer:
+        waiting = {case.example.id: case for case in mine if case.example.id not in writer.finished}
+        if writer.finished:
+            logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
+        if waiting:
+            grm, guide = opened()
+            if index == 0 and file == JUDGMENTS:
+                _write(f"{config.output}/protocol.json", known | {"weights": weights_digest(grm)})
+            _judge(grm, guide, waiting, settings, templates, writer.write)
+    if count > 1:
+        multihost_utils.sync_global_devices(path)  # process 0 reads the parts of all
+    return read_samples(path)
+
+
+def _judge(
+    grm: Grm, guide: Guide | None, waiting: Mapping[str, Case], settings: JudgeSettings, templates: Mapping[int, str],
+    write: Callable[..., None],
+) -> None:  # fmt: skip
+    template = functools.cache(prompts.load_template)
+    started = said = time.monotonic()
+    tokens = 0
+    examples = [case.example for case in waiting.values()]
+    verdicts = grm.judge(examples, settings, lambda e: template(templates[len(e.responses)]), meta_rm=guide)
+    for done, verdict in enumerate(verdicts, 1):
+        case = waiting[verdict.id]
+        samples = samples_of(
+            _named(case), verdict, templates[len(case.example.responses)], settings.max_new_tokens, hinted=False
+        )
+        rows = [
+            row_of(dataclasses.replace(sample, forced=judgment.forced or None, group=case.group))
+            for sample, judgment in zip(samples, verdict.judgments, strict=True)
+        ]
+        write(verdict, rows)
+        tokens += verdict.usage.completion_tokens
+        if (now := time.monotonic()) - said >= _LOG_SECONDS or done == len(waiting):
+            said = now
+            logger.info("%d of %d cases, %.0f tokens/s", done, len(waiting), tokens / (now - started))
+
+
+def _named(case: Case) -> Example:
+    """The case's example with its subset as the source."""
+    return dataclasses.replace(case.example, source=case.subset)
+
+
+def _record(
+    config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, templates: Mapping[int, str]
+) -> dict[str, Any]:
+    """What the rows depend on, and what a report says of it."""
+    known = dataclasses.asdict(settings)
+    del known["slots"]
+    shas = {name: prompts.load_template(name).sha256 for name in sorted(set(templates.values()))}
+    return known | {
+        "benchmark": benchmark.name,
+        "model": config.model,
+        "meta_rm": config.meta_rm,
+        "dtype": config.dtype,
+        "limit": config.limit,
+        "template": shas,
+        "official": dict(benchmark.official),
+        "dropped": dict(benchmark.dropped),
+    }
+
+
+def weights_digest(grm: Grm) -> str:
+    """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""
+    found = jax.device_get({name: digest(value) for name, value in grm.model.params.items()})
+    said = json.dumps({name: int(found[name]) for name in sorted(found)})
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def protocol_of(folder: str) -> dict[str, Any]:
+    """What the rows in a folder were judged with. Raises DataError where that is not there."""
+    place = epath.Path(folder) / "protocol.json"
+    if not place.exists():
+        raise DataError(f"no {place}: the judgments of a report lie beside what they were judged with")
+    return json.loads(place.read_text())
+
+
+def _write(path: str, value: Any) -> None:
+    place = epath.Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _report(
+    output: str, benchmark: Benchmark, rows: Sequence[Sample], once: Sequence[Sample], protocol: Mapping[str, Any],
+    config: EvalConfig,
+) -> None:  # fmt: skip
+    judged_table = table.table_of(benchmark.cases, rows)
+    found = measure.numbers(benchmark, judged_table, config.k_meta, config.seed)
+    greedy = measure.greedy(benchmark, table.table_of(benchmark.cases, once), config.seed) if once else None
+    whole = report.whole(benchmark, protocol, found, greedy)
+    _write(f"{output}/report.json", whole)
+    text = report.markdown(whole)
+    (epath.Path(output) / "report.md").write_text(text)
+    logger.info("%s/report.md:\n%s", output, report.summary(whole))

@@ -1,0 +1,129 @@
+"""Judgments of a benchmark's cases as arrays, and every way to vote over the first k' of them.
+
+1. `table_of` lays the rows of `judgments.jsonl` beside the cases.
+2. `votes` gives, for each way to vote, every case's sums after each k'.
+3. `scored` turns the sums after one k' into what a metric takes; a single response has its mean.
+
+Letters: E cases, K judgments, N responses (the most that a case has).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from grm_jax import voting
+from grm_jax.data.benchmarks import Case, Scored
+from grm_jax.spct.sample import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All judgments. Scores and values are in the cases' own order, 0 behind a case's responses and where not valid."""
+
+    cases: Sequence[Case]
+    scores: Int[np.ndarray, "E K N"]
+    valid: Bool[np.ndarray, "E K"]
+    counts: Int[np.ndarray, "E"]
+    first: Int[np.ndarray, "E K"]  # which response was shown first
+    tokens: Int[np.ndarray, "E K"]
+    logits: Float[np.ndarray, "E K"] | None  # where every judgment has one
+    values: Float[np.ndarray, "E K N"] | None  # where every valid judgment has them
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """Sums after each k', and how many judgments are in them."""
+
+    sums: Float[np.ndarray, "E K N"]
+    valid: Int[np.ndarray, "E K"]
+
+
+def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
+    """The table of cases and their judgments. Raises ValueError for a case whose judgments are not all there."""
+    of_id: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of_id.setdefault(sample.id, []).append(sample)
+    most = max(map(len, of_id.values()), default=0)
+    lacking = [case.example.id for case in cases if len(of_id.get(case.example.id, ())) != most]
+    if lacking or not most:
+        raise ValueError(
+            f"{len(lacking)} of {len(cases)} cases have not {most} judgments, the first {lacking[:1]}: run the command "
+            "that wrote them again, it goes on there"
+        )
+    rows = [of_id[case.example.id] for case in cases]
+    widest = max(len(case.example.responses) for case in cases)
+
+    def padded(numbers: Sequence[float] | None) -> list[float]:
+        return [*(numbers or ()), *[0] * (widest - len(numbers or ()))]
+
+    flat = [sample for row in rows for sample in row]
+    valued = any(s.values for s in flat) and all(s.values or s.scores is None for s in flat)
+    return Table(
+        cases=cases,
+        scores=np.array([[padded(s.scores) for s in row] for row in rows], np.int32),
+        valid=np.array([[s.scores is not None for s in row] for row in rows]),
+        counts=np.array([len(case.example.responses) for case in cases], np.int32),
+        first=np.array([[s.order[0] for s in row] for row in rows], np.int32),
+        tokens=np.array([[s.tokens for s in row] for row in rows], np.int64),
+        logits=np.array([[s.logit for s in row] for row in rows], np.float32)
+        if all(s.logit is not None for s in flat)
+        else None,
+        values=np.array([[padded(s.values) for s in row] for row in rows], np.float32) if valued else None,
+    )
+
+
+def votes(table: Table, k_meta: int | None = None) -> dict[str, Votes]:
+    """Every way to vote that the judgments allow: `voting`, `expected` (values), `guided` and `softmax` (logits)."""
+    given = table.valid, table.counts
+    found = {"voting": voting.vote_batch(table.scores, *given)}
+    if table.values is not None:
+        found["expected"] = voting.vote_batch(table.values, *given)
+    if table.logits is not None:
+        found["guided"] = voting.guided_batch(table.scores, *given, table.logits, k_meta)[0]
+        found["softmax"] = voting.softmax_weighted_batch(table.scores, *given, table.logits)
+    return {name: Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for name, tally in found.items()}
+
+
+def by_order(table: Table) -> list[Votes]:
+    """The plain vote of the judgments that showed response i first, for i = 0 and 1."""
+    found = [voting.vote_batch(table.scores, table.valid & (table.first == i), table.counts) for i in (0, 1)]
+    return [Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for tally in found]
+
+
+def scored(table: Table, found: Votes, k: int, orders: Sequence[Votes] = ()) -> list[Scored]:
+    """What each case has after k judgments; None where none of them could be read. orders: `by_order`, for pairs."""
+
+    def of(votes: Votes, e: int) -> tuple[float, ...] | None:
+        n, valid = int(table.counts[e]), int(votes.valid[e, k - 1])
+        if not valid:
+            return None
+        sums = votes.sums[e, k - 1, :n]
+        return tuple((sums / valid if n == 1 else sums).tolist())
+
+    result = []
+    for e in range(len(table.cases)):
+        shown = tuple(of(votes, e) for votes in orders) if k > 1 and table.counts[e] == 2 else ()
+        result.append(Scored(of(found, e), shown))
+    return result
+
+
+def points(k: int) -> list[int]:
+    """1, 2, 4, ... up to k, and k."""
+    return sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k})
+
+
+def baselines(cases: Sequence[Case], seed: int) -> Mapping[str, list[Scored]]:
+    """What picking the longer response, and drawing lots, would give on the same cases, in either order."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[Scored]] = {"longer": [], "random": []}
+    for case in cases:
+        n = len(case.example.responses)
+        lengths = tuple(float(len(response)) for response in case.example.responses)
+        found["longer"].append(Scored(lengths, (lengths, lengths)))
+        lots = [tuple(rng.normal(size=n).tolist()) for _ in range(3)]
+        found["random"].append(Scored(lots[0], (lots[1], lots[2])))
+    return found

@@ -1,0 +1,213 @@
+"""Evaluation: tables and reports of scripted judgments, and the command on a tiny random judge."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import LLAMA, tiny_model
+
+from grm_jax.data.benchmarks import Benchmark, Case, metrics
+from grm_jax.datatypes import Example, Message
+from grm_jax.evals import measure, table
+from grm_jax.main import main
+from grm_jax.spct.sample import Sample, read_samples
+from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.weights.save import save_hf
+
+TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
+
+
+def pair(i: int, best: int = 0, subset: str = "s", lengths: tuple[int, int] = (1, 1)) -> Case:
+    labels = (1.0, 0.0) if best == 0 else (0.0, 1.0)
+    responses = tuple(letter * length for letter, length in zip("ab", lengths, strict=True))
+    return Case(Example(f"{i}", (Message("user", f"{i}?"),), responses, labels), subset, f"{i}")
+
+
+def judgment(case: Case, j: int, scores: tuple[int, ...] | None, first: int = 0, **more) -> Sample:
+    e = case.example
+    order = (first, *(i for i in range(len(e.responses)) if i != first))
+    known = {"correct": None, "hinted": False, "sample": j, "tokens": 10 + j, "ended": True, "template": "t"}
+    return Sample(
+        *(e.id, case.subset, e.messages, e.responses, e.scores, None, None, order, "text", scores, None), **known | more
+    )
+
+
+def test_a_table_and_its_votes_by_hand():
+    cases = [
+        pair(0),
+        Case(dataclasses.replace(pair(1).example, responses=("a", "b", "c"), scores=(0.0, 2.0, 1.0)), "s", "1"),
+    ]
+    rows = [
+        judgment(cases[1], 0, (1, 5, 9)), judgment(cases[1], 1, None), judgment(cases[1], 2, (1, 9, 1), first=2),
+        judgment(cases[0], 0, (3, 4)), judgment(cases[0], 1, (9, 1), first=1), judgment(cases[0], 2, (2, 2)),
+    ]  # fmt: skip
+    found = table.table_of(cases, rows)
+    assert found.scores[0].tolist() == [[3, 4, 0], [9, 1, 0], [2, 2, 0]]
+    assert found.valid.tolist() == [[True] * 3, [True, False, True]]
+    assert found.first.tolist() == [[0, 1, 0], [0, 0, 2]]
+    assert (found.logits, found.values) == (None, None)
+    ways = table.votes(found)
+    assert list(ways) == ["voting"]
+    assert ways["voting"].sums[0].tolist() == [[3, 4, 0], [12, 5, 0], [14, 7, 0]]
+    one, three = (table.scored(found, ways["voting"], k, table.by_order(found)) for k in (1, 3))
+    assert one[0].scores == (3, 4)
+    assert one[0].first == ()
+    assert three[0].first == ((5, 6), (9, 1))
+    assert three[1].scores == (2, 14, 10)
+    with pytest.raises(ValueError, match=r"1 of 2 cases have not 3 judgments, the first \['0'\]"):
+        table.table_of(cases, rows[:-1])
+
+
+def test_values_and_logits_have_their_own_votes():
+    case = pair(0)
+    rows = [judgment(case, j, s, values=v, logit=g) for j, (s, v, g) in enumerate(
+        [((5, 6), (5.5, 5.0), -1.0), ((6, 5), (5.8, 5.2), 2.0)]
+    )]  # fmt: skip
+    ways = table.votes(table.table_of([case], rows))
+    assert list(ways) == ["voting", "expected", "guided", "softmax"]
+    np.testing.assert_allclose(ways["expected"].sums[0], [[5.5, 5.0], [11.3, 10.2]], rtol=1e-6)
+    assert ways["guided"].sums[0].tolist() == [[5, 6], [6, 5]]
+
+
+def scripted(judge, count: int = 400, k: int = 4, seed: int = 0):
+    """A benchmark of pairs and what `judge(case, first, rng)` says of each, k times in both orders by turns."""
+    rng = random.Random(seed)
+    cases = [
+        pair(i, rng.randrange(2), rng.choice("st"), (rng.randrange(1, 9), rng.randrange(1, 9))) for i in range(count)
+    ]
+    rows = [judgment(case, j, judge(case, j % 2, rng), first=j % 2) for case in cases for j in range(k)]
+    benchmark = Benchmark("preferences", cases, {}, metrics.preferences)
+    return measure.numbers(benchmark, table.table_of(cases, rows), None, seed)
+
+
+def test_judges_that_know_guess_or_look_at_one_thing_alone(monkeypatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 200)
+
+    def lots(case, first, rng):
+        return rng.randrange(1, 11), rng.randrange(1, 11)
+
+    knowing = scripted(lambda case, first, rng: (9, 2) if case.example.scores[0] else (2, 9))
+    assert knowing["curves"]["voting"]["4"]["score"] == 1
+    assert knowing["intervals"]["voting"]["score"] == [1, 1]
+    assert knowing["order_agreement"] == 1
+    assert abs(knowing["position_bias"]) < 1e-9
+    guessing = scripted(lots)
+    low, high = guessing["intervals"]["voting"]["score"]
+    assert low < 0.5 < high
+    assert abs(guessing["position_bias"]) < 0.15
+    assert guessing["curves"]["voting"].keys() == {"1", "2", "4"}
+    first = scripted(lambda case, first, rng: (9, 2) if first == 0 else (2, 9))
+    assert first["position_bias"] == 1
+    assert first["order_agreement"] == 0
+    assert first["curves"]["voting"]["4"]["score"] == 0.5  # both orders tie
+    assert first["ties"] == 1
+    longer = scripted(lambda case, first, rng: tuple(map(len, case.example.responses)))
+    for k in ("1", "4"):
+        assert longer["curves"]["voting"][k] == longer["baselines"]["longer"]
+    unread = scripted(lambda case, first, rng: None)
+    assert (unread["unread_judgments"], unread["unread_cases"]) == (1, 1)
+    assert unread["curves"]["voting"]["4"]["score"] == 0  # never a hidden half
+    assert unread["position_bias"] is None
+
+
+def test_calibration_of_the_votes_share_by_hand():
+    """Three of four judgments for the winner, right; all four, wrong."""
+    cases = [pair(0, 0), pair(1, 0)]
+    rows = [judgment(cases[0], j, (9, 1) if j else (1, 2)) for j in range(4)]
+    rows += [judgment(cases[1], j, (1, 2)) for j in range(4)]
+    found = table.table_of(cases, rows)
+    told = measure.calibration(found, table.votes(found)["voting"])
+    assert [(row["told"], row["right"], row["cases"]) for row in told["table"]] == [(0.75, 1.0, 1), (1.0, 0.0, 1)]
+    assert told["gap"] == pytest.approx((0.25 + 1) / 2)
+    assert measure.histogram(found) == {"1": 8, "2": 5, "9": 3}
+
+
+def test_queries_are_drawn_anew_with_all_their_cases():
+    """Two queries of many cases each, one right and one wrong: the mean of a draw is 0, 1/2 or 1."""
+    cases = [dataclasses.replace(pair(i), group="right" if i < 50 else "wrong") for i in range(100)]
+    judged = [table.Scored((2.0, 1.0) if i < 50 else (1.0, 2.0)) for i in range(100)]
+    seen = set()
+
+    def metric(drawn, scored):
+        seen.add(found := metrics.preferences(drawn, scored)["score"])
+        return {"score": found}
+
+    assert measure.interval(metric, cases, judged, 0, resamples=50) == {"score": (0.0, 1.0)}
+    assert seen == {0.0, 0.5, 1.0}
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random judge, and LLMBar as its repository has it, made small."""
+    place = tmp_path_factory.mktemp("evals")
+    config = dataclasses.replace(LLAMA, max_positions=2048)
+    save_hf(place / "judge", config, tiny_model(config).params, ByteTokenizer(), None, "float32")
+    for subset, count in (("Natural", 3), ("Adversarial/GPTOut", 2)):
+        rows = [
+            {"input": f"{i}?", "output_1": "yes", "output_2": "no" * i, "label": 1 + i % 2} for i in range(1, 1 + count)
+        ]
+        path = place / f"LLMBar/{subset}/dataset.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(rows))
+    return place
+
+
+def evaluate(folder, output, *more):
+    known = ["--model", str(folder / "judge"), "--template", TEMPLATE, "--max-new-tokens", "6", "--votes", "4"]
+    where = ["--benchmark", "llm_bar", "--data", str(folder / "LLMBar"), "--output", str(output)]
+    return main(["eval", *where, *known, *more])
+
+
+def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 20)
+    assert evaluate(folder, tmp_path / "out", "--force-scores") == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["cases"], report["complete"], report["missing"]["Natural"]) == (
+        5,
+        False,
+        {"rows": 3, "official": 100},
+    )
+    assert report["curves"]["voting"].keys() == {"2", "4"}  # one judgment has one order
+    assert report["unread_judgments"] == 0
+    assert 0 <= report["greedy"]["numbers"]["score"] <= 1
+    assert sum(report["histogram"].values()) == 5 * 4 * 2
+    assert len(report["protocol"]["weights"]) == 16
+    text = (tmp_path / "out/report.md").read_text()
+    assert (
+        "**These totals are no score of the benchmark.** Rows that differ from the official set: Natural 3 of" in text
+    )
+    assert "mean (no score of the benchmark)" in text
+    samples = read_samples(str(tmp_path / "out/judgments.jsonl"))
+    assert all(sample.forced and sample.group == sample.id for sample in samples)
+
+    rows, whole = tmp_path / "out/judgments.jsonl", (tmp_path / "out/report.json").read_bytes()
+    lines = rows.read_bytes().splitlines(keepends=True)
+    for kept in (0, 7, 12):  # interrupted three times, twice within a case
+        rows.write_bytes(b"".join(lines[:kept]) + lines[kept][:20] * (kept > 0))
+        assert evaluate(folder, tmp_path / "out", "--force-scores") == 0
+        assert (tmp_path / "out/report.json").read_bytes() == whole
+
+    assert main(["eval", "--from", str(rows), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/report.json").read_bytes() == whole
+    assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2
+    assert "was begun with" in capsys.readouterr().err
+
+
+def test_bad_input_is_named(folder, tmp_path, capsys):
+    for args, said in (
+        (["--benchmark", "llmbar", "--data", "x"], "benchmark = 'llmbar': known are reward_bench"),
+        (["--benchmark", "llm_bar"], "give --benchmark NAME and --data PATH, or --from judgments.jsonl"),
+        (["--benchmark", "llm_bar", "--data", "x", "--stop-risk", "0.1"], "a curve needs all judgments"),
+        (["--benchmark", "llm_bar", "--data", str(tmp_path)], "take the folder Dataset/LLMBar"),
+        (["--from", str(tmp_path / "none.jsonl")], "none.jsonl, and no parts of it"),
+    ):
+        assert main(["eval", "--output", str(tmp_path / "out"), *args]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert evaluate(folder, tmp_path / "one", "--votes", "1") == 2
+    assert "llm_bar compares both orders" in capsys.readouterr().err
