@@ -182,6 +182,22 @@ class EvalConfig(JudgeSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Lay reports of one benchmark side by side, each against the first."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """of `eval`, two or more"""
+    vote: Literal["voting", "guided", "softmax", "expected"] = "voting"
+    """whose totals to compare, after all judgments of each report"""
+    seed: int = 0
+    """of the bootstrap"""
+
+    def __post_init__(self) -> None:
+        if len(self.folders) < 2:
+            raise ValueError(f"{len(self.folders)} folders: give two reports at least")
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """Time prefill and decode on random prompts, against what this machine can do."""
 

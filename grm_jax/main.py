@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, recipes
-from grm_jax.config import BenchConfig, EvalConfig, ScoreConfig, parse
+from grm_jax.config import BenchConfig, CompareConfig, EvalConfig, ScoreConfig, parse
 
 
 def score(args: Sequence[str]) -> None:
@@ -44,6 +44,14 @@ def evaluate(args: Sequence[str]) -> None:
     """judge a benchmark and report every vote for every number of judgments"""
     config = parse(EvalConfig, args, "grm_jax.main eval")
     from grm_jax.evals.run import run
+
+    run(config)
+
+
+def compare(args: Sequence[str]) -> None:
+    """lay reports of one benchmark side by side"""
+    config = parse(CompareConfig, args, "grm_jax.main compare")
+    from grm_jax.evals.compare import run
 
     run(config)
 
@@ -100,6 +108,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "sample": sample,
     "eval": evaluate,
+    "compare": compare,
     "rft": rft,
     "rl": rl,
     "meta_rm": meta_rm,

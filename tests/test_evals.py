@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny import LLAMA, tiny_model
 
 from grm_jax.data.benchmarks import Benchmark, Case, metrics
 from grm_jax.datatypes import Example, Message
-from grm_jax.evals import measure, table
+from grm_jax.evals import compare, measure, page, report, table
 from grm_jax.main import main
 from grm_jax.spct.sample import Sample, read_samples
 from grm_jax.tokenizer import ByteTokenizer
@@ -29,10 +30,9 @@ def pair(i: int, best: int = 0, subset: str = "s", lengths: tuple[int, int] = (1
 def judgment(case: Case, j: int, scores: tuple[int, ...] | None, first: int = 0, **more) -> Sample:
     e = case.example
     order = (first, *(i for i in range(len(e.responses)) if i != first))
-    known = {"correct": None, "hinted": False, "sample": j, "tokens": 10 + j, "ended": True, "template": "t"}
-    return Sample(
-        *(e.id, case.subset, e.messages, e.responses, e.scores, None, None, order, "text", scores, None), **known | more
-    )
+    known = {"text": "text", "correct": None, "hinted": False, "tokens": 10 + j, "ended": True, "template": "t"}
+    told = (e.id, case.subset, e.messages, e.responses, e.scores, None, None, order)
+    return Sample(*told, scores=scores, reason=None, sample=j, **known | more)
 
 
 def test_a_table_and_its_votes_by_hand():
@@ -139,6 +139,30 @@ def test_queries_are_drawn_anew_with_all_their_cases():
     assert seen == {0.0, 0.5, 1.0}
 
 
+def test_a_page_holds_no_markup_of_a_response(monkeypatch):
+    """And no more than it may: wrong cases are kept first."""
+    hostile = "</script><script>alert(1)</script><b>"
+    cases = [
+        dataclasses.replace(pair(i), example=dataclasses.replace(pair(i).example, responses=(hostile, "b")))
+        for i in range(4)
+    ]
+    rows = [judgment(case, 0, [(9, 1), (1, 9), (5, 5), None][i], text=hostile) for i, case in enumerate(cases)]
+    found = table.table_of(cases, rows)
+    assert [page._kind(case.example.scores, s) for case, s in zip(cases, ([9, 1], [1, 9], [5, 5], None), strict=True)] == [
+        "right", "wrong", "tied", "failed",
+    ]  # fmt: skip
+    shown, left = page._cases(found, rows)
+    assert (len(shown), left) == (4, 0)
+    monkeypatch.setattr(page, "LARGEST", 2 * len(json.dumps(shown[1])) + 20)
+    shown, left = page._cases(found, rows)
+    assert ([case["kind"] for case in shown], left) == (["wrong", "failed"], 2)
+    benchmark = Benchmark("preferences", cases, {}, metrics.preferences)
+    numbers = measure.numbers(benchmark, found, None, 0)
+    protocol = {"votes": 1, "temperature": 0.5, "seed": 0, "force_scores": False, "model": hostile, "weights": "0"}
+    whole = report.whole(benchmark, protocol | {"meta_rm": None, "template": {}}, numbers, None)
+    assert page.html(whole, found, rows).count("<script") == 2
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -179,10 +203,13 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert sum(report["histogram"].values()) == 5 * 4 * 2
     assert len(report["protocol"]["weights"]) == 16
     text = (tmp_path / "out/report.md").read_text()
-    assert (
-        "**These totals are no score of the benchmark.** Rows that differ from the official set: Natural 3 of" in text
-    )
+    assert "**These totals are no score of the benchmark. Rows that differ from the official set: Natural 3 of" in text
     assert "mean (no score of the benchmark)" in text
+    page = (tmp_path / "out/report.html").read_text()
+    shown = json.loads(re.search(r'id="data">(.*)</script>\n<script>', page, re.DOTALL)[1])
+    assert len(shown["cases"]) == 5
+    assert [len(case["judgments"]) for case in shown["cases"]] == [4] * 5
+    assert page.count("<polyline") == 2
     samples = read_samples(str(tmp_path / "out/judgments.jsonl"))
     assert all(sample.forced and sample.group == sample.id for sample in samples)
 
@@ -197,6 +224,34 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "again/report.json").read_bytes() == whole
     assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2
     assert "was begun with" in capsys.readouterr().err
+
+
+def test_paired_differences_by_hand(monkeypatch):
+    """Another judge that is right where the first is wrong, in one case of four, and right in all others."""
+    cases = [pair(i) for i in range(4)]
+    one = [(case, table.Scored((1.0, 2.0) if i == 0 else (2.0, 1.0))) for i, case in enumerate(cases)]
+    other = [(case, table.Scored((2.0, 1.0))) for case in cases]
+    gain, low, high = compare.differences(metrics.preferences, one, other, 0, resamples=400)["score"]
+    assert (gain, low) == (0.25, 0.0)
+    assert 0.5 <= high <= 1
+    same = compare.differences(metrics.preferences, other, other, 0, resamples=10)
+    assert same["score"] == (0.0, 0.0, 0.0)
+
+
+def test_reports_are_compared(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 10)
+    for name, more in (("a", []), ("b", ["--seed", "1"])):
+        assert evaluate(folder, tmp_path / name, "--no-greedy", "--force-scores", *more) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "5 cases that all judged, of up to 5; vote: voting" in said
+    assert "agreement" in said
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--vote", "guided"]) == 2
+    assert "has no vote 'guided': it has voting" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "a")]) == 2
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path)]) == 2
+    assert "no " in capsys.readouterr().err
 
 
 def test_bad_input_is_named(folder, tmp_path, capsys):

@@ -51,41 +51,49 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def warning(report: Mapping[str, Any]) -> str:
+    """Why the totals are no score of the benchmark; empty where they are."""
+    if report["complete"]:
+        return ""
+    said = "; ".join(f"{name} {n['rows']} of {n['official']}" for name, n in report["missing"].items())
+    unknown = "Whether all official rows are here is not known."
+    why = f"Rows that differ from the official set: {said}." if said else unknown
+    return f"These totals are no score of the benchmark. {why}"
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
+    """The report's tables by title, each with its head as the first row."""
+    ks = list(dict.fromkeys(k for curve in report["curves"].values() for k in curve))
+    totals = [
+        [name, *(_percent(curve.get(k, {}).get("score")) for k in ks)] for name, curve in report["curves"].items()
+    ]
+    told = [
+        [f"{row['from']:.1f} to {row['to']:.1f}", row["cases"], _percent(row["told"]), _percent(row["right"])]
+        for row in report["calibration"]["table"]
+    ]
+    return {
+        f"{'Score' if report['complete'] else 'Mean'} after k judgments": [["vote", *ks], *totals],
+        "Numbers": _numbers(report),
+        "What else was measured": [["", ""], *_rest(report)],
+        "Scores given": [["score", "times"], *map(list, report["histogram"].items())],
+        "The vote's share and how often it is right": [["share", "cases", "mean", "right"], *told],
+    }
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: totals by vote and k, numbers by subset, baselines, and what else was measured."""
     parts = [f"# {report['benchmark']}", "", protocol_line(report["protocol"]), ""]
     parts += [f"{report['cases']} cases of {report['queries']} queries.", ""]
     if report["dropped"]:
         parts += [f"Dropped: {', '.join(f'{count} {reason}' for reason, count in report['dropped'].items())}.", ""]
-    if not report["complete"]:
-        said = "; ".join(f"{name} {n['rows']} of {n['official']}" for name, n in report["missing"].items())
-        why = (
-            f"Rows that differ from the official set: {said}."
-            if said
-            else "Whether all official rows are here is not known."
-        )
-        parts += [f"**These totals are no score of the benchmark.** {why}", ""]
-    total = "score" if report["complete"] else "mean"
-    ks = list(dict.fromkeys(k for curve in report["curves"].values() for k in curve))
-    rows = [[name, *(_percent(curve.get(k, {}).get("score")) for k in ks)] for name, curve in report["curves"].items()]
-    parts += [f"## {total.capitalize()} after k judgments", "", *_table(["vote", *ks], rows), ""]
-    parts += ["## Numbers", "", *_numbers(report), ""]
-    parts += ["## What else was measured", "", *_table(["", ""], _rest(report)), ""]
-    parts += ["## Scores given", "", *_table(["score", "times"], list(map(list, report["histogram"].items()))), ""]
-    told = [
-        [f"{row['from']:.1f} to {row['to']:.1f}", row["cases"], _percent(row["told"]), _percent(row["right"])]
-        for row in report["calibration"]["table"]
-    ]
-    parts += [
-        "## The vote's share and how often it is right",
-        "",
-        *_table(["share", "cases", "mean", "right"], told),
-        "",
-    ]
+    if said := warning(report):
+        parts += [f"**{said}**", ""]
+    for title, rows in tables(report).items():
+        parts += [f"## {title}", "", *_table(*rows), ""]
     return "\n".join(parts)
 
 
-def _numbers(report: Mapping[str, Any]) -> list[str]:
+def _numbers(report: Mapping[str, Any]) -> list[list[Any]]:
     """Each number at the last k of each vote with its interval, beside the greedy point and the baselines."""
     last = {name: curve[list(curve)[-1]] for name, curve in report["curves"].items() if curve}
     greedy = report["greedy"] or {"numbers": {}, "intervals": {}}
@@ -99,7 +107,7 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
         ]
         for name in names
     ]
-    return _table(["", *last, "greedy", "longer response", "drawing lots"], rows)
+    return [["", *last, "greedy", "longer response", "drawing lots"], *rows]
 
 
 def _rest(report: Mapping[str, Any]) -> list[list[str]]:
@@ -130,7 +138,7 @@ def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
     return f"{_percent(value)} ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+def _table(head: Sequence[Any], *rows: Sequence[Any]) -> list[str]:
     def line(cells: Sequence[Any]) -> str:
         return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -3,7 +3,7 @@
 1. The official files are read, the cases held against their templates and the output opened, before a model is loaded.
 2. Every case is judged k times, each judgment a row of `judgments.jsonl` (the format of `sample`); an interrupted run goes
    on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`.
-3. `report.json` and `report.md` are made from those rows alone, so `--from judgments.jsonl` makes them anew.
+3. `report.json`, `report.md` and `report.html` are made from those rows alone, so `--from judgments.jsonl` makes them anew.
 
 Process i of c judges cases[i::c] into a part of its own; process 0 reports.
 """
@@ -29,7 +29,7 @@ from grm_jax.data import items as labelled
 from grm_jax.data.benchmarks import BENCHMARKS, Benchmark, Case
 from grm_jax.data.jsonl import DataError, open_writer
 from grm_jax.datatypes import Example
-from grm_jax.evals import measure, report, table
+from grm_jax.evals import measure, page, report, table
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
 from grm_jax.spct.sample import Sample, part_of, read_samples, row_of, samples_of
@@ -232,4 +232,5 @@ def _report(
     _write(f"{output}/report.json", whole)
     text = report.markdown(whole)
     (epath.Path(output) / "report.md").write_text(text)
+    (epath.Path(output) / "report.html").write_text(page.html(whole, judged_table, rows))
     logger.info("%s/report.md:\n%s", output, report.summary(whole))

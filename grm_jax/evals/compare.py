@@ -1,0 +1,103 @@
+"""`compare`: reports of one benchmark side by side, each against the first by a paired bootstrap.
+
+Only cases that all of them judged are compared. Queries are drawn anew, the same ones for both sides of a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from grm_jax.config import CompareConfig
+from grm_jax.data.benchmarks import Case, Scored
+from grm_jax.data.benchmarks.cases import Metric
+from grm_jax.evals import table as tables
+from grm_jax.evals.measure import RESAMPLES
+from grm_jax.evals.run import JUDGMENTS, metric_of, protocol_of
+from grm_jax.spct.sample import Sample, read_samples
+
+Side = Mapping[str, tuple[Case, Scored]]  # by the case's id
+
+
+def run(config: CompareConfig) -> None:
+    """Print the comparison. Raises DataError and ValueError for folders that are no reports of one benchmark."""
+    names = {folder: protocol_of(folder)["benchmark"] for folder in config.folders}
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{folder} is {name}" for folder, name in names.items())
+        raise ValueError(f"reports of several benchmarks: {told}; compare those of one")
+    metric = metric_of(names[config.folders[0]])
+    sides = [side_of(folder, config.vote) for folder in config.folders]
+    shared = [id for id in sides[0] if all(id in side for side in sides)]
+    if not shared:
+        raise ValueError(f"no case is in all of {', '.join(config.folders)}: judge the same benchmark's cases")
+    console = Console()
+    most = max(map(len, sides))
+    console.print(f"{len(shared)} cases that all judged, of up to {most}; vote: {config.vote}")
+    console.print(grid(config.folders, metric, [[side[id] for id in shared] for side in sides], config.seed))
+
+
+def side_of(folder: str, vote: str) -> Side:
+    """What a report's folder says of each case after all of its judgments. Raises ValueError for a vote that it lacks."""
+    rows: Sequence[Sample] = read_samples(str(epath.Path(folder) / JUDGMENTS))
+    cases = list({row.id: Case(row.example, row.source, row.group or row.id) for row in rows}.values())
+    table = tables.table_of(cases, rows)
+    ways = tables.votes(table, protocol_of(folder).get("k_meta"))
+    if vote not in ways:
+        raise ValueError(f"{folder} has no vote {vote!r}: it has {', '.join(ways)}")
+    judged = tables.scored(table, ways[vote], table.valid.shape[1], tables.by_order(table))
+    return {case.example.id: (case, scored) for case, scored in zip(cases, judged, strict=True)}
+
+
+def differences(
+    metric: Metric, one: Sequence[tuple[Case, Scored]], other: Sequence[tuple[Case, Scored]], seed: int,
+    resamples: int = RESAMPLES,
+) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+    """(Difference, and its 95 % paired-bootstrap interval) of each of the metric's numbers, `other` less `one`.
+
+    Both hold the same cases in one order; queries are drawn anew with all their cases, for both alike.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, (case, _) in enumerate(one):
+        groups.setdefault(case.group, []).append(i)
+    members, rng = list(groups.values()), np.random.default_rng(seed)
+
+    def gain(chosen: Sequence[int]) -> dict[str, float]:
+        cases = [one[i][0] for i in chosen]
+        found = [metric(cases, [side[i][1] for i in chosen]) for side in (one, other)]
+        return {name: found[1][name] - value for name, value in found[0].items()}
+
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        for name, value in gain([i for g in rng.integers(0, len(members), len(members)) for i in members[g]]).items():
+            if not math.isnan(value):
+                drawn.setdefault(name, []).append(value)
+    return {
+        name: (value, *(float(np.quantile(drawn[name], share)) for share in (0.025, 0.975)))
+        for name, value in gain(range(len(one))).items()
+        if name in drawn
+    }
+
+
+def grid(folders: Sequence[str], metric: Metric, sides: Sequence[Sequence[tuple[Case, Scored]]], seed: int) -> Grid:
+    """A row a number: its value in the first report, and in each other one with the difference and its interval."""
+    found = [metric([case for case, _ in side], [scored for _, scored in side]) for side in sides]
+    gains = [differences(metric, sides[0], side, seed) for side in sides[1:]]
+    result = Grid("", *map(escape, folders))
+    for name, value in found[0].items():
+        cells = [_percent(value)]
+        for numbers, gain in zip(found[1:], gains, strict=True):
+            mean, low, high = (100 * part for part in gain.get(name, (0.0, 0.0, 0.0)))
+            told = f" ({mean:+.1f}, {low:+.1f} to {high:+.1f})" if name in gain else ""
+            cells.append(_percent(numbers[name]) + told)
+        result.add_row(escape(name), *cells)
+    return result
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
