@@ -5,7 +5,7 @@ What `judge` does:
 2. the prompts are cut to fit, rendered and tokenised; those of one template share its head, prefilled once;
 3. the sampler draws the samples, forcing scores where a text holds none and the caller wants them;
 4. each text is parsed, and its scores go back to the example's own order;
-5. when an example's last sample is in, a meta RM gives each a logit, where there is one;
+5. where there is a meta RM, it gives each sample a logit, a few examples at once;
 6. they are voted (Eq. 14) into its verdict, guided by the logits.
 
 Where it departs from the paper (section 5, each sample shuffled by itself): the n! orders are dealt out in turn from a
@@ -40,6 +40,7 @@ from grm_jax.weights.decoder import load_decoder
 from grm_jax.weights.embedded import EMBEDDED
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
+_GUIDED = 16  # examples whose judgments a meta RM reads together
 _AHEAD = 4  # batches of prompts that are sorted by length together; verdicts come that much out of order
 _WINDOW = 256  # examples taken together where a file needs several templates
 
@@ -47,8 +48,8 @@ _WINDOW = 256  # examples taken together where a file needs several templates
 class Guide(Protocol):
     """What guides a vote: a `MetaRm`, or anything else that says how far judgments can be trusted."""
 
-    def logits(self, example: Example, judgments: Sequence[Judgment]) -> Sequence[float]:
-        """One number a judgment; higher is better."""
+    def logits_of(self, judged: Sequence[tuple[Example, Sequence[Judgment]]]) -> Sequence[Sequence[float]]:
+        """One number a judgment of each example; higher is better."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +128,8 @@ class Grm:
                 among = len(example.responses) if template.kind == "choice" else 0  # what its box may hold
                 alike.setdefault((template, among), []).append(example)
             for (template, _), group in alike.items():
-                for example, judgments, usage in _in_rounds(self, template, group, settings, hint_of):
-                    logits = meta_rm.logits(example, judgments) if meta_rm else None
-                    yield verdict(example, judgments, usage, logits, settings.k_meta)
+                found = _in_rounds(self, template, group, settings, hint_of)
+                yield from _guided(found, meta_rm, settings.k_meta) if meta_rm else itertools.starmap(verdict, found)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
         """The template that shows n responses."""
@@ -253,6 +253,16 @@ def _in_rounds(
                 waiting.append(example)
         if not (examples := waiting):
             return
+
+
+def _guided(
+    found: Iterator[tuple[Example, list[Judgment], Usage]], meta_rm: Guide, k_meta: int | None
+) -> Iterator[Verdict]:
+    """Verdicts guided by the logits of each example's judgments, a few examples at once."""
+    while share := list(itertools.islice(found, _GUIDED)):
+        of_example = meta_rm.logits_of([(example, judgments) for example, judgments, _ in share])
+        for (example, judgments, usage), logits in zip(share, of_example, strict=True):
+            yield verdict(example, judgments, usage, logits, k_meta)
 
 
 def _judge_with(

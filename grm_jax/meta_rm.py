@@ -55,12 +55,18 @@ class MetaRm:
 
         Raises ValueError for an example and a judgment that cannot be cut to fit the model.
         """
+        return self.logits_of([(example, judgments)])[0]
+
+    def logits_of(self, judged: Sequence[tuple[Example, Sequence[Judgment]]]) -> list[list[float]]:
+        """`logits` of several examples' judgments, computed together."""
         limit = self.model.config.max_positions
         texts = [
             text_ids(self.tokenizer, self.template, example, judgment.order, judgment.text, limit)
+            for example, judgments in judged
             for judgment in judgments
         ]
-        return scalar_rm.scalars(self.model, texts)
+        found = iter(scalar_rm.scalars(self.model, texts))
+        return [[next(found) for _ in judgments] for _, judgments in judged]
 
 
 def load(path: str, dtype: Dtype | None = None, devices: int | None = None, template: str | None = None) -> MetaRm:

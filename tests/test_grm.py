@@ -39,7 +39,7 @@ def shown_in(prompt):
 def scripted(rate, seen=None):
     """A sampler that writes, for every sample, the scores that `rate` gives the shown responses."""
 
-    def sample(model, requests, key, plan, sampling, head=(), forcing=None):
+    def sample(model, requests, key, plan, sampling, head=(), forcing=None, numbers=None):
         tokenizer = ByteTokenizer()
         for request in requests:
             if seen is not None:
