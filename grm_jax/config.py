@@ -136,6 +136,11 @@ BENCHMARKS = (
 )
 
 
+def _check_benchmark(name: str) -> None:
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark = {name!r}: known are {', '.join(BENCHMARKS)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(JudgeSettings):
     """Judge a benchmark's cases k times each, and report every vote for every k' up to k."""
@@ -174,11 +179,26 @@ class EvalConfig(JudgeSettings):
             raise ValueError(f"stop_risk = {self.stop_risk}: a curve needs all judgments of every case, leave it out")
         if self.from_ is None and (self.data is None or self.benchmark is None):
             raise ValueError("give --benchmark NAME and --data PATH, or --from judgments.jsonl of an earlier run")
-        if self.benchmark is not None and self.benchmark not in BENCHMARKS:
-            raise ValueError(f"benchmark = {self.benchmark!r}: known are {', '.join(BENCHMARKS)}")
+        if self.benchmark is not None:
+            _check_benchmark(self.benchmark)
         for name in ("limit", "devices"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Write a benchmark's official files as a dataset of tensorflow-datasets."""
+
+    benchmark: str
+    """its name"""
+    data: str
+    """its official files: a folder or a file, local or gs://"""
+    output: str = "datasets"
+    """the data_dir of tensorflow-datasets: the dataset is written below it"""
+
+    def __post_init__(self) -> None:
+        _check_benchmark(self.benchmark)
 
 
 @dataclasses.dataclass(frozen=True)

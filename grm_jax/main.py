@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, recipes
-from grm_jax.config import BenchConfig, CompareConfig, EvalConfig, ScoreConfig, parse
+from grm_jax.config import BenchConfig, CompareConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
 
 
 def score(args: Sequence[str]) -> None:
@@ -46,6 +46,14 @@ def evaluate(args: Sequence[str]) -> None:
     from grm_jax.evals.run import run
 
     run(config)
+
+
+def prepare(args: Sequence[str]) -> None:
+    """write a benchmark's official files as a dataset of tensorflow-datasets"""
+    config = parse(PrepareConfig, args, "grm_jax.main prepare")
+    from grm_jax.data.benchmarks import prepared
+
+    print(prepared.prepare(config.benchmark, config.data, config.output))
 
 
 def compare(args: Sequence[str]) -> None:
@@ -109,6 +117,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "eval": evaluate,
     "compare": compare,
+    "prepare": prepare,
     "rft": rft,
     "rl": rl,
     "meta_rm": meta_rm,

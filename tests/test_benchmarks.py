@@ -3,15 +3,20 @@
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from grm_jax import config
-from grm_jax.data.benchmarks import BENCHMARKS, Case, Scored, metrics
+from grm_jax.data import items as labelled
+from grm_jax.data.benchmarks import BENCHMARKS, KINDS, Case, Scored, load, metrics, prepared
 from grm_jax.data.jsonl import DataError
 from grm_jax.datatypes import Example, Message
+from grm_jax.main import main
+from grm_jax.recipes import Items
 
 
 def case(subset: str, labels: tuple[float, ...], id: str = "x") -> Case:
@@ -149,7 +154,7 @@ def test_reward_bench_from_parquet(tmp_path):
     ]
     assert found.dropped == {"subset anthropic is not in the score": 1}
     assert found.missing()["math-prm"] == (1, 447)
-    assert sum(found.official.values()) == 2985
+    assert sum(found.kind.official.values()) == 2985
 
 
 def test_reward_bench_2_keeps_which_ties_belong_together(tmp_path):
@@ -209,7 +214,7 @@ def test_rmb(tmp_path):
     ]  # fmt: skip
     assert found.cases[1].example.responses == ("a", "b", "c")
     judged = scored((2, 1), (2, 2, 1), (1, 1), (3, 2, 1))
-    assert found.metric(found.cases, judged)["score"] == (1 + 0 + 0 + 1) / 4
+    assert found.kind.metric(found.cases, judged)["score"] == (1 + 0 + 0 + 1) / 4
 
 
 def test_rm_bench_judge_bench_llm_bar_and_real_mistake(tmp_path):
@@ -255,8 +260,27 @@ def test_generic_preferences(tmp_path):
     assert found.dropped == {"no single best response": 1}
 
 
+def test_a_prepared_benchmark_is_the_same_and_needs_no_tensorflow(tmp_path, capsys):
+    row = {"input": "é?", "output_1": "a", "output_2": "b", "label": 2}
+    write(tmp_path / "lb/LLMBar/Natural/dataset.json", [row | {"output_1": f"a{i}"} for i in range(5)])
+    folder = str(tmp_path / "prepared/llm_bar/1.0.0")
+    named = ["--benchmark", "llm_bar", "--data", str(tmp_path / "lb")]
+    assert main(["prepare", *named, "--output", str(tmp_path / "prepared")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == folder
+    assert load("llm_bar", folder) == load("llm_bar", str(tmp_path / "lb"))
+    source = tfds.data_source("llm_bar", data_dir=str(tmp_path / "prepared"), split="test")
+    assert len(source) == 5
+    assert "tensorflow" not in sys.modules
+    trained_on = labelled.load(Items(files=(folder,)), 0).train
+    assert [(item.source, item.scores) for item in trained_on] == [("Natural", (0.0, 1.0))] * 5
+    with pytest.raises(DataError, match="holds llm_bar, not rmb: give --benchmark llm_bar"):
+        load("rmb", folder)
+    with pytest.raises(FileNotFoundError, match="reward-bench"):
+        prepared.prepare("reward_bench", str(tmp_path), str(tmp_path / "prepared"))
+
+
 def test_the_command_line_knows_every_benchmark():
-    assert tuple(BENCHMARKS) == config.BENCHMARKS
+    assert tuple(BENCHMARKS) == tuple(KINDS) == config.BENCHMARKS
 
 
 def test_what_is_missing_or_wrong_is_named(tmp_path):

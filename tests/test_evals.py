@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import LLAMA, tiny_model
 
-from grm_jax.data.benchmarks import Benchmark, Case, metrics
+from grm_jax.data.benchmarks import Benchmark, Case, Kind, metrics
 from grm_jax.datatypes import Example, Message
 from grm_jax.evals import compare, measure, page, report, table
 from grm_jax.main import main
@@ -79,7 +79,7 @@ def scripted(judge, count: int = 400, k: int = 4, seed: int = 0):
         pair(i, rng.randrange(2), rng.choice("st"), (rng.randrange(1, 9), rng.randrange(1, 9))) for i in range(count)
     ]
     rows = [judgment(case, j, judge(case, j % 2, rng), first=j % 2) for case in cases for j in range(k)]
-    benchmark = Benchmark("preferences", cases, {}, metrics.preferences)
+    benchmark = Benchmark("preferences", cases, Kind(metrics.preferences))
     return measure.numbers(benchmark, table.table_of(cases, rows), None, seed)
 
 
@@ -156,7 +156,7 @@ def test_a_page_holds_no_markup_of_a_response(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 2 * len(json.dumps(shown[1])) + 20)
     shown, left = page._cases(found, rows)
     assert ([case["kind"] for case in shown], left) == (["wrong", "failed"], 2)
-    benchmark = Benchmark("preferences", cases, {}, metrics.preferences)
+    benchmark = Benchmark("preferences", cases, Kind(metrics.preferences))
     numbers = measure.numbers(benchmark, found, None, 0)
     protocol = {"votes": 1, "temperature": 0.5, "seed": 0, "force_scores": False, "model": hostile, "weights": "0"}
     whole = report.whole(benchmark, protocol | {"meta_rm": None, "template": {}}, numbers, None)

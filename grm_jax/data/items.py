@@ -229,7 +229,7 @@ def _read(files: Sequence[str], per_file: int | None, seed: int) -> list[Example
         if files.count(file) > 1:
             raise ValueError(f"items.files names {file} {files.count(file)} times: name each file once")
     names = Counter(map(_stem, files))
-    read = [(file, limited(read_examples(file, skip_bad=False)[0], per_file, seed, "file ")) for file in files]
+    read = [(file, limited(_examples(file), per_file, seed, "file ")) for file in files]
     occurring = Counter(example.id for _, examples in read for example in examples)
     found = []
     for file, examples in read:
@@ -239,6 +239,17 @@ def _read(files: Sequence[str], per_file: int | None, seed: int) -> list[Example
             found.append(dataclasses.replace(example, id=id, source=example.source or _stem(file)))
     _check_unique(found)
     return found
+
+
+def _examples(file: str) -> list[Example]:
+    """The examples of a file of rows, or of a folder that the command `prepare` has written, by subset."""
+    if file.endswith((".jsonl", ".json", ".gz")):
+        return read_examples(file, skip_bad=False)[0]
+    from grm_jax.data.benchmarks import prepared  # tensorflow-datasets takes seconds to import
+
+    if not prepared.is_prepared(file):
+        return read_examples(file, skip_bad=False)[0]
+    return [dataclasses.replace(case.example, source=case.subset) for case in prepared.read(file).cases]
 
 
 def _check_unique(examples: Sequence[Example]) -> None:

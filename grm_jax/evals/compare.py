@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from grm_jax.config import CompareConfig
-from grm_jax.data.benchmarks import Case, Scored
+from grm_jax.data.benchmarks import KINDS, Case, Scored
 from grm_jax.data.benchmarks.cases import Metric
 from grm_jax.evals import table as tables
 from grm_jax.evals.measure import RESAMPLES
-from grm_jax.evals.run import JUDGMENTS, metric_of, protocol_of
+from grm_jax.evals.run import JUDGMENTS, protocol_of
 from grm_jax.spct.sample import Sample, read_samples
 
 Side = Mapping[str, tuple[Case, Scored]]  # by the case's id
@@ -31,7 +31,7 @@ def run(config: CompareConfig) -> None:
     if len(set(names.values())) > 1:
         told = ", ".join(f"{folder} is {name}" for folder, name in names.items())
         raise ValueError(f"reports of several benchmarks: {told}; compare those of one")
-    metric = metric_of(names[config.folders[0]])
+    metric = KINDS[names[config.folders[0]]].metric
     sides = [side_of(folder, config.vote) for folder in config.folders]
     shared = [id for id in sides[0] if all(id in side for side in sides)]
     if not shared:

@@ -30,10 +30,10 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
 
     Raises ValueError for fewer judgments of a case than the benchmark's metric needs.
     """
-    if table.valid.shape[1] < benchmark.least:
+    if table.valid.shape[1] < benchmark.kind.least:
         raise ValueError(
             f"{table.valid.shape[1]} judgments of each case: {benchmark.name} compares both orders, it needs "
-            f"{benchmark.least} at least, give --votes {benchmark.least} or more"
+            f"{benchmark.kind.least} at least, give --votes {benchmark.kind.least} or more"
         )
     ways, orders = tables.votes(table, k_meta), tables.by_order(table)
     most = table.valid.shape[1]
@@ -42,16 +42,16 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
     for name, way in ways.items():
         curves[name] = {}
         for k in tables.points(most):
-            if k >= benchmark.least:
-                curves[name][str(k)] = benchmark.metric(table.cases, tables.scored(table, way, k, orders))
-        intervals[name] = interval(benchmark.metric, table.cases, tables.scored(table, way, most, orders), seed)
+            if k >= benchmark.kind.least:
+                curves[name][str(k)] = benchmark.kind.metric(table.cases, tables.scored(table, way, k, orders))
+        intervals[name] = interval(benchmark.kind.metric, table.cases, tables.scored(table, way, most, orders), seed)
     plain = ways["voting"]
     return _plain(
         {
             "curves": curves,
             "intervals": intervals,
             "baselines": {
-                name: benchmark.metric(table.cases, judged)
+                name: benchmark.kind.metric(table.cases, judged)
                 for name, judged in tables.baselines(table.cases, seed).items()
             },
             "unread_judgments": float(1 - table.valid.mean()),
@@ -69,11 +69,11 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
 
 def greedy(benchmark: Benchmark, table: Table, seed: int) -> dict[str, Any]:
     """The metric of judgments at temperature 0, as few as it needs, with its intervals."""
-    judged = tables.scored(table, tables.votes(table)["voting"], benchmark.least, tables.by_order(table))
+    judged = tables.scored(table, tables.votes(table)["voting"], benchmark.kind.least, tables.by_order(table))
     return _plain(
         {
-            "numbers": benchmark.metric(table.cases, judged),
-            "intervals": interval(benchmark.metric, table.cases, judged, seed),
+            "numbers": benchmark.kind.metric(table.cases, judged),
+            "intervals": interval(benchmark.kind.metric, table.cases, judged, seed),
             "unread_judgments": float(1 - table.valid.mean()),
         }
     )

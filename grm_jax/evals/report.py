@@ -17,7 +17,7 @@ def whole(
         "benchmark": benchmark.name,
         "cases": len(benchmark.cases),
         "queries": len({case.group for case in benchmark.cases}),
-        "complete": bool(benchmark.official) and not missing and not protocol.get("limit"),
+        "complete": bool(benchmark.kind.official) and not missing and not protocol.get("limit"),
         "missing": missing,
         "dropped": dict(benchmark.dropped),
         "protocol": dict(protocol),

@@ -25,8 +25,9 @@ from jax.experimental import multihost_utils
 from grm_jax import meta_rm, prompts
 from grm_jax.checkpoint import digest
 from grm_jax.config import EvalConfig, JudgeSettings
+from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
-from grm_jax.data.benchmarks import BENCHMARKS, Benchmark, Case
+from grm_jax.data.benchmarks import KINDS, Benchmark, Case
 from grm_jax.data.jsonl import DataError, open_writer
 from grm_jax.datatypes import Example
 from grm_jax.evals import measure, page, report, table
@@ -46,7 +47,7 @@ def run(config: EvalConfig) -> None:
     if config.from_ is not None:
         again(config)
         return
-    benchmark = limited(BENCHMARKS[config.benchmark](config.data), config.limit, config.seed)
+    benchmark = limited(benchmarks.load(config.benchmark, config.data), config.limit, config.seed)
     for reason, count in benchmark.dropped.items():
         logger.info("dropped %d: %s", count, reason)
     if not benchmark.cases:
@@ -61,7 +62,7 @@ def run(config: EvalConfig) -> None:
     once = []
     if config.greedy:
         alone = dataclasses.replace(
-            settings, votes=benchmark.least, temperature=0.0, k_meta=None, expected_scores=False
+            settings, votes=benchmark.kind.least, temperature=0.0, k_meta=None, expected_scores=False
         )
         once = judged(config, benchmark, alone, GREEDY, templates, lambda: (opened()[0], None))
     if jax.process_index() == 0:
@@ -77,17 +78,9 @@ def again(config: EvalConfig) -> None:
     name = config.benchmark or protocol["benchmark"]
     of_id = {row.id: row for row in rows}
     cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
-    least = 2 if name in ("judge_bench", "llm_bar") else 1
-    benchmark = Benchmark(name, cases, protocol["official"], metric_of(name), least, protocol["dropped"])
+    benchmark = Benchmark(name, cases, KINDS[name], protocol["dropped"])
     once = read_samples(str(greedy)) if greedy.exists() else []
     _report(config.output, benchmark, rows, once, protocol, config)
-
-
-def metric_of(name: str) -> Any:
-    """The metric of a benchmark, without its files."""
-    from grm_jax.data.benchmarks import metrics
-
-    return metrics.preferences if name == "ppe_preference" else getattr(metrics, name)
 
 
 def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
@@ -195,7 +188,6 @@ def _record(
         "dtype": config.dtype,
         "limit": config.limit,
         "template": shas,
-        "official": dict(benchmark.official),
         "dropped": dict(benchmark.dropped),
     }
 

@@ -35,18 +35,26 @@ Metric = Callable[[Sequence[Case], Sequence[Scored]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """Cases, the number of rows that each subset officially has, and the metric: numbers by name, the total as `score`.
+class Kind:
+    """What is known of a benchmark without its files: the metric (numbers by name, the total as `score`), the judgments of
+    a case that it needs, and the number of rows that each subset officially has, where that is known.
+    """
 
-    `least`: judgments of a case that the metric needs. `dropped` counts by reason the rows that are no case. Where the rows
-    are not the official ones, the metric's `score` is no score of the benchmark.
+    metric: Metric
+    least: int = 1
+    official: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's cases. `dropped` counts by reason the rows that are no case.
+
+    Where the rows are not the official ones, the metric's `score` is no score of the benchmark.
     """
 
     name: str
     cases: list[Case]
-    official: Mapping[str, int]
-    metric: Metric
-    least: int = 1
+    kind: Kind
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def missing(self) -> dict[str, tuple[int, int]]:
@@ -57,5 +65,5 @@ class Benchmark:
         here: dict[str, set[str]] = {}
         for case in self.cases:
             here.setdefault(case.subset, set()).add(case.group)
-        counts = {subset: len(here.get(subset, ())) for subset in self.official}
-        return {subset: (counts[subset], rows) for subset, rows in self.official.items() if counts[subset] != rows}
+        counts = {subset: len(here.get(subset, ())) for subset in self.kind.official}
+        return {subset: (counts[subset], rows) for subset, rows in self.kind.official.items() if counts[subset] != rows}

@@ -8,25 +8,46 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 
 from grm_jax.data.benchmarks import metrics
-from grm_jax.data.benchmarks.cases import Benchmark, Case
+from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind
 from grm_jax.data.benchmarks.files import find, parsed
 from grm_jax.data.jsonl import RowError, conversation_of, id_of, parse_row, text_of, turns_of
 from grm_jax.datatypes import Example, Message
 
+KINDS: dict[str, Kind] = {
+    "reward_bench": Kind(
+        metrics.reward_bench,
+        official={subset: count for section in metrics.SECTIONS.values() for subset, count in section.items()}
+        | {"math-prm": 447},  # it counts 984
+    ),
+    "reward_bench_2": Kind(
+        metrics.reward_bench_2,
+        official={"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102},
+    ),
+    "ppe_preference": Kind(metrics.preferences),
+    "ppe_correctness": Kind(metrics.ppe_correctness),
+    "rmb": Kind(metrics.rmb),
+    "rm_bench": Kind(metrics.rm_bench),
+    "judge_bench": Kind(metrics.judge_bench, least=2),
+    "real_mistake": Kind(metrics.real_mistake),
+    "llm_bar": Kind(
+        metrics.llm_bar, least=2, official={"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
+    ),
+    "preferences": Kind(metrics.preferences),
+}
 _HUB = "download it from the dataset hub as parquet or JSON Lines: "
-RAW_MATH = "math-prm"  # counts 984 in the score and has 447 rows
 
 
 def reward_bench(folder: str) -> Benchmark:
     """RewardBench 1: rows {prompt, chosen, rejected, subset, id}, split `filtered`; the prior sets are left out."""
     patterns = ("**/filtered*.parquet", "**/filtered*.jsonl*", "**/*.parquet", "**/*.jsonl*")
     paths = find(folder, patterns, f"{_HUB}allenai/reward-bench, split filtered")
-    counts = {subset: count for section in metrics.SECTIONS.values() for subset, count in section.items()}
+    counts = KINDS["reward_bench"].official
     dropped: Counter[str] = Counter()
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
@@ -39,15 +60,12 @@ def reward_bench(folder: str) -> Benchmark:
             _case(f"{subset}/{id_of(row.get('id', number))}", _messages(row["prompt"]), responses, (1.0, 0.0), subset)
         ]
 
-    return Benchmark(
-        "reward_bench", parsed(paths, parse), counts | {RAW_MATH: 447}, metrics.reward_bench, dropped=dropped
-    )
+    return _benchmark("reward_bench", parsed(paths, parse), dropped)
 
 
 def reward_bench_2(folder: str) -> Benchmark:
     """RewardBench 2: rows {id, prompt, chosen: [...], rejected: [...], subset}; ids of `Ties` are ref:N and tied:N."""
     paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), f"{_HUB}allenai/reward-bench-2")
-    official = {"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102}
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         subset, id = text_of(row["subset"], "subset"), id_of(row["id"])
@@ -59,7 +77,7 @@ def reward_bench_2(folder: str) -> Benchmark:
         labels = (1.0,) * len(right) + (0.0,) * len(wrong)
         return [_case(f"{subset}/{id}", _messages(row["prompt"]), (*right, *wrong), labels, subset)]
 
-    return Benchmark("reward_bench_2", parsed(paths, parse), official, metrics.reward_bench_2)
+    return _benchmark("reward_bench_2", parsed(paths, parse))
 
 
 def ppe_preference(folder: str) -> Benchmark:
@@ -79,7 +97,7 @@ def ppe_preference(folder: str) -> Benchmark:
         id = id_of(row.get("question_id", number))
         return [_case(id, _messages(row["prompt"]), responses, labels[winner], str(row.get("language") or "all"))]
 
-    return Benchmark("ppe_preference", parsed(paths, parse), {}, metrics.preferences, dropped=dropped)
+    return _benchmark("ppe_preference", parsed(paths, parse), dropped)
 
 
 def ppe_correctness(folder: str) -> Benchmark:
@@ -90,7 +108,7 @@ def ppe_correctness(folder: str) -> Benchmark:
     for name in names:
         patterns = (f"*{name}*/**/*.parquet", f"*{name}*/**/*.jsonl*", f"*{name}*.parquet", f"*{name}*.jsonl*")
         cases += parsed(find(folder, patterns, where), _conflicts(name))
-    return Benchmark("ppe_correctness", cases, {}, metrics.ppe_correctness)
+    return _benchmark("ppe_correctness", cases)
 
 
 def _conflicts(name: str) -> Callable[[epath.Path, int, dict[str, Any]], list[Case]]:
@@ -116,7 +134,7 @@ def rmb(folder: str) -> Benchmark:
         for kind, parse in (("Pairwise_set", _rmb_pair), ("BoN_set", _rmb_list)):
             paths = find(folder, (f"**/{kind}/{part}/**/*.json",), where)
             cases += parsed(paths, lambda path, number, row, p=part, of=parse: of(p, row))
-    return Benchmark("rmb", cases, {}, metrics.rmb)
+    return _benchmark("rmb", cases)
 
 
 def _rmb_pair(part: str, row: Mapping[str, Any]) -> list[Case]:
@@ -148,7 +166,7 @@ def rm_bench(folder: str) -> Benchmark:
         return [_case(f"{domain}/{id_of(row['id'])}", messages, responses, (1.0,) * 3 + (0.0,) * 3, domain)]
 
     paths = find(folder, ("**/total_dataset.json*", "**/*.json", "**/*.jsonl*"), where)
-    return Benchmark("rm_bench", parsed(paths, parse), {}, metrics.rm_bench)
+    return _benchmark("rm_bench", parsed(paths, parse))
 
 
 _JUDGE_BENCH = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
@@ -168,7 +186,7 @@ def judge_bench(folder: str) -> Benchmark:
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
     paths = find(folder, ("**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet"), where)
-    return Benchmark("judge_bench", parsed(paths, parse), {}, metrics.judge_bench, least=2)
+    return _benchmark("judge_bench", parsed(paths, parse))
 
 
 def real_mistake(folder: str) -> Benchmark:
@@ -185,13 +203,13 @@ def real_mistake(folder: str) -> Benchmark:
         response = (text_of(row["llm_response"], "llm_response"),)
         return [_case(id, _messages(row["input"]), response, (labels[row["error_label"]],), subset)]
 
-    return Benchmark("real_mistake", parsed(find(folder, ("**/*.jsonl*",), where), parse), {}, metrics.real_mistake)
+    return _benchmark("real_mistake", parsed(find(folder, ("**/*.jsonl*",), where), parse))
 
 
 def llm_bar(folder: str) -> Benchmark:
     """LLMBar: rows {input, output_1, output_2, label} in Natural and Adversarial/{Neighbor,GPTInst,GPTOut,Manual}."""
     where = "take the folder Dataset/LLMBar of the repository princeton-nlp/LLMBar"
-    official = {"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
+    official = KINDS["llm_bar"].official
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         if row["label"] not in (1, 2):
@@ -204,7 +222,7 @@ def llm_bar(folder: str) -> Benchmark:
         return [_case(f"{subset}/{number}", _messages(row["input"]), responses, labels, subset)]
 
     paths = find(folder, ("**/dataset.json", "**/*.json"), where)
-    return Benchmark("llm_bar", parsed(paths, parse), official, metrics.llm_bar, least=2)
+    return _benchmark("llm_bar", parsed(paths, parse))
 
 
 def preferences(folder: str) -> Benchmark:
@@ -224,7 +242,11 @@ def preferences(folder: str) -> Benchmark:
         subset = text_of(row["subset"], "subset") if row.get("subset") else example.source or path.name.split(".")[0]
         return [Case(example, subset, example.id)]
 
-    return Benchmark("preferences", parsed(paths, parse), {}, metrics.preferences, dropped=dropped)
+    return _benchmark("preferences", parsed(paths, parse), dropped)
+
+
+def _benchmark(name: str, cases: list[Case], dropped: Mapping[str, int] = MappingProxyType({})) -> Benchmark:
+    return Benchmark(name, cases, KINDS[name], dropped)
 
 
 def _case(
