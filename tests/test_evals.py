@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_score import bucket  # noqa: F401
 from tiny import LLAMA, tiny_model
 
 from grm_jax.data.benchmarks import Benchmark, Case, Kind, metrics
@@ -224,6 +228,38 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "again/report.json").read_bytes() == whole
     assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2
     assert "was begun with" in capsys.readouterr().err
+
+
+IN_A_BUCKET = """
+import sys
+from pathlib import Path
+from etils import epath
+from grm_jax.evals import measure
+from grm_jax.main import main
+measure.RESAMPLES = 10
+data, judge, template = sys.argv[1:]
+for file in Path(data).rglob("*.json"):
+    epath.Path(f"gs://judge/{file.relative_to(Path(data).parent)}").write_text(file.read_text())
+asked = ["eval", "--benchmark", "llm_bar", "--data", "gs://judge/LLMBar", "--output", "gs://judge/out", "--model", judge]
+asked += ["--template", template, "--votes", "2", "--max-new-tokens", "4", "--no-greedy"]
+assert main(asked) == 0
+report = epath.Path("gs://judge/out/report.json").read_text()
+assert main(asked) == 0 and epath.Path("gs://judge/out/report.json").read_text() == report
+assert main(["eval", "--from", "gs://judge/out/judgments.jsonl", "--output", "gs://judge/again"]) == 0
+assert epath.Path("gs://judge/again/report.json").read_text() == report
+print(*sorted(file.name for file in epath.Path("gs://judge/out").iterdir()))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
+def test_data_judgments_and_reports_in_a_bucket(folder, bucket):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_BUCKET, str(folder / "LLMBar"), str(folder / "judge"), TEMPLATE],
+        capture_output=True, text=True, env=os.environ | bucket, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = "judgments.jsonl judgments.jsonl.run.json protocol.json report.html report.json report.md"
+    assert done.stdout.splitlines()[-1] == expected
 
 
 def test_paired_differences_by_hand(monkeypatch):
