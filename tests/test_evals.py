@@ -56,7 +56,7 @@ def test_a_table_and_its_votes_by_hand():
     ways = table.votes(found)
     assert list(ways) == ["voting"]
     assert ways["voting"].sums[0].tolist() == [[3, 4, 0], [12, 5, 0], [14, 7, 0]]
-    one, three = (table.scored(found, ways["voting"], k, table.by_order(found)) for k in (1, 3))
+    one, three = (table.scored(found, ways["voting"], k, table.by_order(found)["voting"]) for k in (1, 3))
     assert one[0].scores == (3, 4)
     assert one[0].first == ()
     assert three[0].first == ((5, 6), (9, 1))
@@ -74,6 +74,12 @@ def test_values_and_logits_have_their_own_votes():
     assert list(ways) == ["voting", "expected", "guided", "softmax"]
     np.testing.assert_allclose(ways["expected"].sums[0], [[5.5, 5.0], [11.3, 10.2]], rtol=1e-6)
     assert ways["guided"].sums[0].tolist() == [[5, 6], [6, 5]]
+    rows += [judgment(case, 2, (1, 9), first=1, values=(1.0, 9.0), logit=5.0)]
+    found = table.table_of([case], rows)
+    first, second = table.by_order(found, k_meta=1)["guided"]
+    assert first.sums[0, -1].tolist() == [6, 5]  # of its two judgments the better one
+    assert second.sums[0, -1].tolist() == [1, 9]
+    assert table.kept(found, k_meta=2).tolist() == [[False, True, True]]
 
 
 def scripted(judge, count: int = 400, k: int = 4, seed: int = 0):

@@ -47,10 +47,11 @@ def side_of(folder: str, vote: str) -> Side:
     rows: Sequence[Sample] = read_samples(str(epath.Path(folder) / JUDGMENTS))
     cases = list({row.id: Case(row.example, row.source, row.group or row.id) for row in rows}.values())
     table = tables.table_of(cases, rows)
-    ways = tables.votes(table, protocol_of(folder).get("k_meta"))
+    k_meta = protocol_of(folder)["k_meta"]
+    ways = tables.votes(table, k_meta)
     if vote not in ways:
         raise ValueError(f"{folder} has no vote {vote!r}: it has {', '.join(ways)}")
-    judged = tables.scored(table, ways[vote], table.valid.shape[1], tables.by_order(table))
+    judged = tables.scored(table, ways[vote], table.valid.shape[1], tables.by_order(table, k_meta)[vote])
     return {case.example.id: (case, scored) for case, scored in zip(cases, judged, strict=True)}
 
 

@@ -35,7 +35,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
             f"{table.valid.shape[1]} judgments of each case: {benchmark.name} compares both orders, it needs "
             f"{benchmark.kind.least} at least, give --votes {benchmark.kind.least} or more"
         )
-    ways, orders = tables.votes(table, k_meta), tables.by_order(table)
+    ways, orders = tables.votes(table, k_meta), tables.by_order(table, k_meta)
     most = table.valid.shape[1]
     curves: dict[str, dict[str, dict[str, float]]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
@@ -43,8 +43,10 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
         curves[name] = {}
         for k in tables.points(most):
             if k >= benchmark.kind.least:
-                curves[name][str(k)] = benchmark.kind.metric(table.cases, tables.scored(table, way, k, orders))
-        intervals[name] = interval(benchmark.kind.metric, table.cases, tables.scored(table, way, most, orders), seed)
+                curves[name][str(k)] = benchmark.kind.metric(table.cases, tables.scored(table, way, k, orders[name]))
+        intervals[name] = interval(
+            benchmark.kind.metric, table.cases, tables.scored(table, way, most, orders[name]), seed
+        )
     plain = ways["voting"]
     return _plain(
         {
@@ -58,7 +60,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
             "unread_cases": float((~table.valid.any(axis=1)).mean()),
             "ties": _ties(table, plain),
             "position_bias": position_bias(table),
-            "order_agreement": order_agreement(table, orders),
+            "order_agreement": order_agreement(table, orders["voting"]),
             "histogram": histogram(table),
             "calibration": calibration(table, plain),
             "tokens_of_judgment": float(table.tokens.mean()),
@@ -69,7 +71,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
 
 def greedy(benchmark: Benchmark, table: Table, seed: int) -> dict[str, Any]:
     """The metric of judgments at temperature 0, as few as it needs, with its intervals."""
-    judged = tables.scored(table, tables.votes(table)["voting"], benchmark.kind.least, tables.by_order(table))
+    judged = tables.scored(table, tables.votes(table)["voting"], benchmark.kind.least, tables.by_order(table)["voting"])
     return _plain(
         {
             "numbers": benchmark.kind.metric(table.cases, judged),

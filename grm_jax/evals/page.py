@@ -27,7 +27,7 @@ _KINDS = ("wrong", "failed", "tied", "right")
 
 def html(report: Mapping[str, Any], table: Table, samples: Sequence[Sample]) -> str:
     """The page of a report and the judgments that it was made from."""
-    cases, left = _cases(table, samples)
+    cases, left = _cases(table, samples, report["protocol"].get("k_meta"))
     protocol = report["protocol"]
     data = {
         "title": report["benchmark"],
@@ -45,9 +45,9 @@ def html(report: Mapping[str, Any], table: Table, samples: Sequence[Sample]) -> 
     return "".join([before, *_charts(report), middle, text, behind])
 
 
-def _cases(table: Table, samples: Sequence[Sample]) -> tuple[list[dict[str, Any]], int]:
+def _cases(table: Table, samples: Sequence[Sample], k_meta: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """The cases for the page, in their order, and how many did not fit."""
-    plain = tables.votes(table)["voting"]
+    plain, kept = tables.votes(table)["voting"], tables.kept(table, k_meta)
     of_id: dict[str, list[Sample]] = {}
     for sample in samples:
         of_id.setdefault(sample.id, []).append(sample)
@@ -55,16 +55,20 @@ def _cases(table: Table, samples: Sequence[Sample]) -> tuple[list[dict[str, Any]
     for e, case in enumerate(table.cases):
         n, valid = int(table.counts[e]), int(plain.valid[e, -1])
         sums = plain.sums[e, -1, :n].tolist()
-        rows.append((e, _case(case.example, case.subset, sums if valid else None, of_id[case.example.id])))
-    kept, size = set(), 0
+        of_case = of_id[case.example.id]
+        judged = [(sample, None if kept is None else bool(kept[e, k])) for k, sample in enumerate(of_case)]
+        rows.append((e, _case(case.example, case.subset, sums if valid else None, judged)))
+    fitting, size = set(), 0
     for e, row in sorted(rows, key=lambda row: _KINDS.index(row[1]["kind"])):
         size += len(json.dumps(row, ensure_ascii=False))
         if size <= LARGEST:
-            kept.add(e)
-    return [row for e, row in rows if e in kept], len(rows) - len(kept)
+            fitting.add(e)
+    return [row for e, row in rows if e in fitting], len(rows) - len(fitting)
 
 
-def _case(example: Any, subset: str, sums: list[float] | None, judged: Sequence[Sample]) -> dict[str, Any]:
+def _case(
+    example: Any, subset: str, sums: list[float] | None, judged: Sequence[tuple[Sample, bool | None]]
+) -> dict[str, Any]:
     query = "\n\n".join(f"{message.role}: {message.content}" for message in example.messages)
     return {
         "kind": _kind(example.scores, sums),
@@ -74,7 +78,7 @@ def _case(example: Any, subset: str, sums: list[float] | None, judged: Sequence[
         "labels": list(example.scores),
         "sums": sums or [None] * len(example.responses),
         "words": " ".join([query, *example.responses]).lower(),
-        "judgments": [{"head": _head(sample), "text": sample.text} for sample in judged],
+        "judgments": [{"head": _head(sample, kept), "text": sample.text} for sample, kept in judged],
     }
 
 
@@ -88,10 +92,10 @@ def _kind(labels: Sequence[float], sums: list[float] | None) -> str:
     return "tied" if any(label == max(labels) for label in top) else "wrong"
 
 
-def _head(sample: Sample) -> str:
+def _head(sample: Sample, kept: bool | None) -> str:
     said = f"scores {', '.join(map(str, sample.scores))}" if sample.scores else f"unread: {sample.reason}"
     order = f"shown in the order {', '.join(str(i + 1) for i in sample.order)}" if len(sample.order) > 1 else ""
-    logit = f"logit {sample.logit:.2f}" if sample.logit is not None else ""
+    logit = "" if kept is None else f"logit {sample.logit:.2f}, {'kept' if kept else 'left out'}"
     return "; ".join(part for part in (said, "forced" * bool(sample.forced), order, logit) if part)
 
 

@@ -88,14 +88,21 @@ def votes(table: Table, k_meta: int | None = None) -> dict[str, Votes]:
     return {name: Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for name, tally in found.items()}
 
 
-def by_order(table: Table) -> list[Votes]:
-    """The plain vote of the judgments that showed response i first, for i = 0 and 1."""
-    found = [voting.vote_batch(table.scores, table.valid & (table.first == i), table.counts) for i in (0, 1)]
-    return [Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for tally in found]
+def by_order(table: Table, k_meta: int | None = None) -> dict[str, list[Votes]]:
+    """Every way to vote over the judgments alone that showed response i first, for i = 0 and 1."""
+    parts = [votes(dataclasses.replace(table, valid=table.valid & (table.first == i)), k_meta) for i in (0, 1)]
+    return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+def kept(table: Table, k_meta: int | None = None) -> Bool[np.ndarray, "E K"] | None:
+    """Which judgments the guided vote sums after all of them; None where they have no logits."""
+    if table.logits is None:
+        return None
+    return np.asarray(voting.guided_batch(table.scores, table.valid, table.counts, table.logits, k_meta)[1])[:, -1]
 
 
 def scored(table: Table, found: Votes, k: int, orders: Sequence[Votes] = ()) -> list[Scored]:
-    """What each case has after k judgments; None where none of them could be read. orders: `by_order`, for pairs."""
+    """What each case has after k judgments; None where none of them could be read. orders: of `by_order`, for pairs."""
 
     def of(votes: Votes, e: int) -> tuple[float, ...] | None:
         n, valid = int(table.counts[e]), int(votes.valid[e, k - 1])
