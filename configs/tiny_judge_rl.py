@@ -21,9 +21,9 @@ def config() -> RlConfig:
         slots=256,
         microbatch_prompts=32,
         kl_coef=0.0,
-        steps=80,
+        steps=70,
         compute_dtype="float32",
-        optimizer=Optimizer(learning_rate=4e-4, warmup_steps=5, schedule="cosine"),
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),
         remat="none",
     )

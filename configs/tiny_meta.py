@@ -23,7 +23,7 @@ def config() -> MetaConfig:
         max_tokens=512,
         batch=32,
         microbatch=32,
-        steps=150,
+        steps=120,
         compute_dtype="float32",
         optimizer=Optimizer(learning_rate=5e-4, warmup_steps=10, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),

@@ -1,6 +1,6 @@
 """How the votes of the tiny task's fine-tuned judge come out: one, eight, and eight guided by its meta RM.
 
-    python configs/tiny_votes.py runs/tiny [--seed N] [--adaptive]
+    python configs/tiny_votes.py runs/tiny [--seed N] [--examples N] [--adaptive]
 
 judges `data/test.jsonl` of that folder 8 times with `rft/model`, guided by `meta/model`, and prints accuracy with its 95 %
 bootstrap interval. Fails unless 8 votes beat one and 8 guided votes 8 plain ones, by more than the interval of the paired
@@ -23,11 +23,12 @@ GUIDED, ADAPTIVE = 8, 32  # votes
 RISK = 0.05
 
 
-def main(folder: Path, seed: int, adaptive: bool) -> int:
+def main(folder: Path, seed: int, count: int | None, adaptive: bool) -> int:
     import grm_jax
     from grm_jax.data.jsonl import read_examples
 
     examples, _ = read_examples(str(folder / "data/test.jsonl"), skip_bad=False)
+    examples = examples[:count]
     grm = grm_jax.load(str(folder / "rft/model"))
     how = {
         "seed": seed,
@@ -104,6 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, help="of data/test.jsonl; by default all")
     parser.add_argument("--adaptive", action="store_true")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.folder, arguments.seed, arguments.adaptive))
+    sys.exit(main(arguments.folder, arguments.seed, arguments.examples, arguments.adaptive))

@@ -37,7 +37,7 @@ for stage, row in (("RFT", rft), ("RL", rl)):
 print(f"{run}: RFT and RL took {seconds} s")
 sys.exit(not (rft["accuracy"] < 0.80 and rl["accuracy"] >= 0.95 and rl["failures"] < 0.01))
 END
-    "$python" -m grm_jax.main sample --seed "$seed" --items.files "$run/data/train.jsonl" --items.limit 2500 \
+    "$python" -m grm_jax.main sample --seed "$seed" --items.files "$run/data/train.jsonl" --items.limit 2000 \
         --model "$run/rft/model" --template "$configs/tiny_template.txt" --max-new-tokens 72 --slots 256 \
         --output "$run/judged.jsonl"
     "$python" -m grm_jax.main meta_rm --config "$configs/tiny_meta.py" --seed "$seed" --output "$run/meta" \
