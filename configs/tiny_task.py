@@ -20,7 +20,7 @@ import random
 from pathlib import Path
 
 QUERIES = {"most": "which costs most?", "least": "which costs least?"}
-MISREAD = 0.4  # how often the poor judge takes the most for the least, or the least for the most
+MISREAD = 0.35  # how often the poor judge takes the most for the least, or the least for the most
 NOISE = 0.5  # of his scores: a standard deviation
 HINTED = 0.2  # the share of his prompts that tell the best response; there he misreads nothing
 SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500, "choice": 3000, "critic": 2000}
