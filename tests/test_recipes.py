@@ -13,17 +13,34 @@ import pytest
 from test_floors import HEAVY
 
 from grm_jax import recipes
-from grm_jax.recipes import Checkpoints, Fresh, Items, Lora, MetaConfig, Optimizer, RftConfig, RlConfig, SampleConfig
+from grm_jax.recipes import (
+    Checkpoints,
+    CloudConfig,
+    Fresh,
+    Items,
+    Lora,
+    MetaConfig,
+    Optimizer,
+    PairsConfig,
+    RftConfig,
+    RlConfig,
+    SampleConfig,
+)
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if "def config()" in path.read_text())
 ITEMS = Items(files=("items.jsonl",))
 
 
+OTHERS = {"meta": MetaConfig, "bradley_terry": PairsConfig, "pair_rm": PairsConfig, "cloud": CloudConfig}
+
+
 def kind_of(path: Path) -> type:
     """Which command's recipe a file is, by its name."""
-    kinds = {"rl": RlConfig, "meta": MetaConfig}
-    return kinds.get(path.stem.rpartition("_")[2], RftConfig)
+    name = path.stem.removeprefix("tiny_")
+    if name in OTHERS:
+        return OTHERS[name]
+    return RlConfig if name.endswith("_rl") or name == "rl" else RftConfig
 
 
 def fields_of(recipe: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -49,7 +66,8 @@ def test_every_config_loads_and_its_json_has_every_field(path):
         for name in names:
             found = found[name]
         assert found == (list(value) if isinstance(value, tuple) else value)
-    command = {RftConfig: "rft", RlConfig: "rl", MetaConfig: "meta_rm"}[kind_of(path)]
+    names = {RftConfig: "rft", RlConfig: "rl", MetaConfig: "meta_rm"}
+    command = names.get(kind_of(path), path.stem.removeprefix("tiny_"))
     assert f"grm_jax.main {command} --config configs/{path.name}" in path.read_text()
 
 

@@ -43,8 +43,8 @@ RECIPE = RlConfig(
 )
 
 
-def batch(seed=0, head=0, prompts=P, width=32):
-    """Prompts of random bytes with one, two or three responses; some ask for the best one's number."""
+def batch(seed=0, head=0, prompts=P, width=32, choices=0.0):
+    """Prompts of random bytes with one, two or three responses; a share `choices` asks for the best one's number."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 4, prompts).astype(np.int32)
     labels = np.zeros((prompts, 3), np.float32)
@@ -59,7 +59,7 @@ def batch(seed=0, head=0, prompts=P, width=32):
         low=np.where(counts == 1, 0, 1).astype(np.int32),
         high=np.where(counts == 1, 1, 10).astype(np.int32),
         items=rng.integers(0, 2**31, prompts).astype(np.int32),
-        choice=(counts > 1) & (rng.random(prompts) < 0.3),
+        choice=(counts > 1) & (rng.random(prompts) < choices),
     )
 
 
@@ -130,7 +130,7 @@ def test_every_rollout_of_200_steps_is_rewarded_as_the_host_would():
     step, state, policy = begin(recipe, params=writer())
     kinds = {"right": 0, "wrong": 0, "unparsed": 0, "endless": 0}
     for number in range(200):
-        given = batch(number)
+        given = batch(number, choices=0.3)
         state, report = step(state, {}, rl_step.put(given, policy), KEY)
         report = jax.device_get(report)
         for row in range(P * G):

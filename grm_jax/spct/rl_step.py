@@ -125,9 +125,9 @@ def judge(rollouts: Rollouts, batch: Batch, group: int, table: scores.TokenTable
     wide, numbers = scores.LIMIT, jnp.where(choice, 1, counts)
     raw, parsed = scores.read(table, rollouts.tokens, rollouts.counts, numbers, labels.shape[1], -wide, wide)
     of_choice, chosen = scores.chosen(raw, parsed, counts)
-    raw = jnp.where(choice[:, None], of_choice, raw)
     valid = jnp.where(choice, chosen, parsed) & rollouts.ended
-    found = jnp.where(valid[:, None], jnp.clip(raw, low[:, None], high[:, None]), -1)
+    read = jnp.where(choice[:, None], of_choice, jnp.clip(raw, low[:, None], high[:, None]))
+    found = jnp.where(valid[:, None], read, -1)
     found = jnp.where(jnp.arange(labels.shape[1])[None] < counts[:, None], found, -1)
     return Judged(
         scores=found,
