@@ -217,7 +217,7 @@ def test_a_stream_goes_on_at_its_state(short):
 def test_a_batch_is_a_tree_of_its_arrays(short):
     batch, _ = source_of(items_of(4), short)[0]
     assert len(jax.tree.leaves(batch)) == 9
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(batch)} == {"int32", "float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(batch)} == {"int32", "float32", "bool"}
     assert jax.jit(lambda b: b)(batch).tokens.shape == batch.tokens.shape
 
 
