@@ -6,7 +6,7 @@ The files below are yours to supply, or to replace: labelled rows as the README 
 {"messages": [...], "responses": ["...", "..."], "scores": [1, 0]}. Lists of many answers (gsm8k), pairs (ukp_convincing,
 hh_harmless) and graded lists (wmt_ted_mqm) all do.
 
-It runs on two cores, in about an hour: 800 sampled judgments come first, an interrupted run keeps them, and the held-out
+It runs on two cores, in about 75 minutes: 800 sampled judgments come first, an interrupted run keeps them, and the held-out
 examples are judged before and after. docs/LOG.md has what came out: chance, 49 and 50 % of 500 held-out pairs.
 """
 

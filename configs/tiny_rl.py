@@ -2,7 +2,7 @@
 
     python -m grm_jax.main rl --config configs/tiny_rl.py
 
-To expect: 97 % of 1,000 held-out examples at seeds 0 and 1; seed 2 does not learn (docs/LOG.md). launch/learn.sh runs all
+To expect: 97.0 % of 1,000 held-out examples at seed 0; seed 2 does not learn (docs/LOG.md). launch/learn.sh runs all
 stages and asks for 95 % and parse failures under 1 %.
 """
 

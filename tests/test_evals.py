@@ -284,6 +284,9 @@ def test_reports_are_compared(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "RESAMPLES", 10)
     for name, more in (("a", []), ("b", ["--seed", "1"])):
         assert evaluate(folder, tmp_path / name, "--no-greedy", "--force-scores", *more) == 0
+    again = ["eval", "--from", str(tmp_path / "b/judgments.jsonl"), "--output", str(tmp_path / "again")]
+    assert main(again) == 0  # with the seed that the judgments were made with
+    assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "b/report.json").read_bytes()
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out

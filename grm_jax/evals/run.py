@@ -66,7 +66,7 @@ def run(config: EvalConfig) -> None:
         )
         once = judged(config, benchmark, alone, GREEDY, templates, lambda: (opened()[0], None))
     if jax.process_index() == 0:
-        _report(config.output, benchmark, rows, once, protocol_of(config.output), config)
+        _report(config.output, benchmark, rows, once, protocol_of(config.output))
 
 
 def again(config: EvalConfig) -> None:
@@ -80,7 +80,7 @@ def again(config: EvalConfig) -> None:
     cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
     benchmark = Benchmark(name, cases, KINDS[name], protocol["dropped"])
     once = read_samples(str(greedy)) if greedy.exists() else []
-    _report(config.output, benchmark, rows, once, protocol, config)
+    _report(config.output, benchmark, rows, once, protocol)
 
 
 def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
@@ -214,12 +214,11 @@ def _write(path: str, value: Any) -> None:
 
 
 def _report(
-    output: str, benchmark: Benchmark, rows: Sequence[Sample], once: Sequence[Sample], protocol: Mapping[str, Any],
-    config: EvalConfig,
-) -> None:  # fmt: skip
+    output: str, benchmark: Benchmark, rows: Sequence[Sample], once: Sequence[Sample], protocol: Mapping[str, Any]
+) -> None:
     judged_table = table.table_of(benchmark.cases, rows)
-    found = measure.numbers(benchmark, judged_table, config.k_meta, config.seed)
-    greedy = measure.greedy(benchmark, table.table_of(benchmark.cases, once), config.seed) if once else None
+    found = measure.numbers(benchmark, judged_table, protocol["k_meta"], protocol["seed"])
+    greedy = measure.greedy(benchmark, table.table_of(benchmark.cases, once), protocol["seed"]) if once else None
     whole = report.whole(benchmark, protocol, found, greedy)
     _write(f"{output}/report.json", whole)
     text = report.markdown(whole)
