@@ -67,10 +67,15 @@ def judgment(rng: random.Random, row: dict, hinted: bool, choice: bool = False) 
 
 
 def instruction(rng: random.Random) -> dict:
-    """A chat row: say a name again, or backwards."""
-    word, again = name(rng), rng.random() < 0.5
-    asked = f"Say {word}." if again else f"Say {word} backwards."
-    turns = (("user", asked), ("assistant", word if again else word[::-1]))
+    """A chat row: say a name again, or backwards, or say what a query asks for."""
+    word, kind = name(rng), rng.choice(("again", "backwards", "criterion"))
+    if kind == "criterion":
+        asked, query = rng.choice(list(QUERIES.items()))
+        turns = (("user", f"User: {word}: {query}\nWhat is the criterion?"), ("assistant", f"Specific Criteria: {asked}"))
+    elif kind == "again":
+        turns = (("user", f"Say {word}."), ("assistant", word))
+    else:
+        turns = (("user", f"Say {word} backwards."), ("assistant", word[::-1]))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
