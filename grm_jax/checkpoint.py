@@ -44,7 +44,7 @@ from grm_jax import recipes
 from grm_jax.log import logger
 
 # Fields of a recipe that may differ when a run goes on: none of them changes what is learned.
-FREE = ("checkpoints", "profile", "log_samples_every", "devices", "output")
+FREE = ("checkpoints", "profile", "log_samples_every", "devices", "mesh", "output")
 # What reading a damaged step raises once its record fits the run's state: seen by cutting, emptying and deleting each
 # file and folder of a step, and by flipping bytes of each. The last two come from Orbax reading its JSON with names
 # spoiled. A read of an array fails with a bare Exception whose cause is one of these.
