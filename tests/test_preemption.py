@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_a_host_that_restarted_takes_the_run_with_it(here: Cloud) -> None:
     os.kill(run, 9)
     assert "grm_jax: lost" in here.launch("tpu_vm.sh", "status", *place).stdout
     assert here.launch("tpu_vm.sh", "keep", *place, "--every=0", "--", "rl").returncode == 0
+    assert len(here.starts()) == 4
+
+
+def test_a_shutdown_leaves_a_code_and_the_run_goes_on(here: Cloud) -> None:
+    here.set("wait\nexit 0")
+    place = ("judge", *SLICE)
+    assert here.launch("tpu_vm.sh", "resume", *place, "--", "rl").returncode == 0
+    for host in cloud.HOSTS:  # all processes get SIGTERM, the run and its parent
+        os.killpg(os.getpgid(int((here.folder / host / "grm_jax/run.pid").read_text())), signal.SIGTERM)
+    assert here.launch("tpu_vm.sh", "watch", *place).returncode == 130
+    assert here.launch("tpu_vm.sh", "keep", *place, "--every=0", "--max-restarts=0", "--", "rl").returncode == 0
     assert len(here.starts()) == 4
 
 
