@@ -35,6 +35,8 @@ class Share:
 
 def join(wanted: Wanted) -> None:
     """Become one of several processes. Call it before anything else asks JAX for a device."""
+    # On CPU several programs would otherwise be under way at once, and their collectives meet in another order elsewhere.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     named = {} if wanted.coordinator is None else {
         "coordinator_address": wanted.coordinator,
         "num_processes": wanted.processes,

@@ -62,6 +62,7 @@ def run(recipe: RftConfig) -> None:
             batch = next(run.batches)
             with runs.traced(recipe, number):
                 run.state, scalars = step(run.state, begun.frozen, rft_step.put(batch, begun.policy))
+            run.settled(scalars)
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))
             run.kept(number + 1)
             run.measured(number + 1)

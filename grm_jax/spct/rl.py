@@ -68,6 +68,7 @@ def run(recipe: RlConfig) -> None:
             batch, shown = next(run.batches)
             with runs.traced(recipe, number):
                 run.state, report = step(run.state, begun.frozen, rl_step.put(batch, begun.policy), key)
+            run.settled(report)
             run.reported(functools.partial(_write, run, number + 1, batch, shown, report))
             run.kept(number + 1)
             run.measured(number + 1)

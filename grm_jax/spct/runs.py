@@ -56,6 +56,11 @@ class Run:
             self._late()
         self._late = write
 
+    def settled(self, report: Any) -> None:
+        """On simulated devices, wait for the step: two at once can take all threads, each waiting for the other's."""
+        if jax.default_backend() == "cpu" and self.begun.policy.mesh.size > 1:
+            jax.block_until_ready(report)
+
     def seconds(self) -> float:
         """Since the last call, or since the run began."""
         before, self._clock = self._clock, time.monotonic()

@@ -89,6 +89,7 @@ def train(
             batch = next(run.batches)
             with runs.traced(recipe, number):
                 run.state, scalars = step(run.state, scalar_step.put(batch, begun.policy))
+            run.settled(scalars)
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))
             run.kept(number + 1)
             measured(run, number + 1)

@@ -1,0 +1,214 @@
+"""Several real processes on this machine, over gloo: the same run as one process, one lost, a run that goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grm_jax import hosts
+from grm_jax.processes import Wanted, managed, wanted
+
+TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
+CONFIG = """
+from grm_jax.config import MeshSizes
+from grm_jax.recipes import Checkpoints, Fresh, Items, Optimizer, {kind}
+
+def config():
+    return {kind}(
+        output="run", model={model!r}, fresh=Fresh(dim=32, layers=1, heads=2, mlp_dim=64, max_positions=512),
+        template={template!r}, mesh=MeshSizes(fsdp=2),
+        optimizer=Optimizer(learning_rate=1e-2), checkpoints=Checkpoints(every=2), slots=8, max_new_tokens=8,
+        compute_dtype="float32", remat="none", {numbers}
+    )
+"""
+RFT = (
+    "general=('chats.jsonl',), general_share=1.0, batch_tokens=8 * 64, sequence_tokens=64, "
+    "microbatch_rows=4, steps={steps}"
+)
+RL = (
+    "items=Items(files=('items.jsonl',), held_out=3), prompts_per_step=4, group=2, microbatch_prompts=4, "
+    "max_prompt_tokens=448, steps={steps}, log_samples_every=1, kl_coef=0.01"
+)
+
+
+def write_inputs(folder, kind, numbers, model="fresh"):
+    folder.mkdir()
+    item = {"messages": [{"role": "user", "content": "which?"}], "scores": [1.0, 0.0]}
+    rows = [item | {"id": f"i{i}", "responses": [f"{i} yes", f"{i} no"]} for i in range(9)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * 5}] for i in range(40)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    text = CONFIG.format(kind=kind, numbers=numbers, template=TEMPLATE, model=model)
+    (folder / "config.py").write_text(text)
+
+
+def launch(folder, command, processes, devices, *more):
+    """The processes of a run, each with its own simulated devices; what they say goes to files."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    started = []
+    for i in range(processes):
+        several = ["--coordinator", f"localhost:{port}", "--processes", str(processes), "--process", str(i)]
+        line = [sys.executable, "-m", "grm_jax.main", *(several if processes > 1 else []), command]
+        with (folder / f"said-{processes}-{i}.txt").open("w") as said:
+            started.append(
+                subprocess.Popen(
+                    [*line, "--config", "config.py", *more], cwd=folder, env=env, stdout=said, stderr=subprocess.STDOUT
+                )
+            )
+    return started
+
+
+def said(folder, processes, i):
+    return (folder / f"said-{processes}-{i}.txt").read_text()
+
+
+def finish(folder, started):
+    for i, process in enumerate(started):
+        assert process.wait(timeout=400) == 0, said(folder, len(started), i)[-3000:]
+
+
+def metrics_of(folder, names):
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: [row[name] for name in names] for row in rows}
+
+
+def held_out_of(folder):
+    return (folder / "run/held_out.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Fine-tuning as one process on four devices."""
+    folder = tmp_path_factory.mktemp("alone") / "rft"
+    write_inputs(folder, "RftConfig", RFT.format(steps=6))
+    finish(folder, launch(folder, "rft", 1, 4, "--devices", "4"))
+    return folder
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_processes_train_to_the_metrics_of_one(tmp_path, alone, processes, devices):
+    folder = tmp_path / "rft"
+    write_inputs(folder, "RftConfig", RFT.format(steps=6))
+    finish(folder, launch(folder, "rft", processes, devices))
+    names = ("loss", "grad_norm", "tokens", "trained_tokens")
+    found, expected = metrics_of(folder, names), metrics_of(alone, names)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6][0] < 0.9 * found[1][0], "nothing was learned, so nothing is compared"
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=2e-5), step
+    assert "step 1:" in said(folder, processes, 0)
+    assert "step 1:" not in said(folder, processes, 1), "other processes are quiet"
+
+
+@pytest.mark.slow
+def test_processes_roll_out_what_one_does(tmp_path):
+    """Every rollout that RL logs, and its metrics, from two processes and from one."""
+    names = ("reward", "length", "entropy", "kl", "drift_max", "parse_failures")
+    found = []
+    for processes, devices, more in ((1, 4, ("--devices", "4")), (2, 2, ())):
+        folder = tmp_path / f"rl-{processes}"
+        write_inputs(folder, "RlConfig", RL.format(steps=2))
+        finish(folder, launch(folder, "rl", processes, devices, *more))
+        found.append((metrics_of(folder, names), (folder / "run/samples.jsonl").read_text(), held_out_of(folder)))
+    (metrics, samples, held_out), expected = found
+    assert samples == expected[1]
+    assert held_out == expected[2]
+    for step, values in metrics.items():
+        assert values == pytest.approx(expected[0][step], rel=1e-4, abs=1e-5), step
+
+
+@pytest.mark.slow
+def test_samples_and_verdicts_are_shared_among_processes(tmp_path, alone):
+    """With a mesh a process, `sample` and `score` write parts, which together are what one process writes."""
+    model = str(alone / "run/model")
+    how = ("--template", TEMPLATE, "--model", model, "--max-new-tokens", "8")
+    lines = {}
+    for processes in (1, 2):
+        folder = tmp_path / f"judged-{processes}"
+        write_inputs(folder, "SampleConfig", "")
+        recipe = "from grm_jax.recipes import SampleConfig\n\n\ndef config():\n    return SampleConfig()\n"
+        (folder / "config.py").write_text(recipe)
+        more = ("--items.files", "items.jsonl", "--output", "run/s.jsonl")
+        finish(folder, launch(folder, "sample", processes, 1, *how, *more))
+        lines[processes] = sorted(
+            line for part in (folder / "run").glob("s.jsonl*") if "run.json" not in part.name
+            for line in part.read_text().splitlines()
+        )  # fmt: skip
+    assert len(lines[1]) == 27
+    assert lines[1] == lines[2]
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path, alone):
+    folder = tmp_path / "rft"
+    write_inputs(folder, "RftConfig", RFT.format(steps=400))
+    started = launch(folder, "rft", 2, 2)
+    until = time.monotonic() + 300
+    while not any((folder / "run/checkpoints").glob("[4-9]")) and time.monotonic() < until:
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGKILL)
+    assert started[0].wait(timeout=200) == hosts.LOST, said(folder, 2, 0)[-2000:]
+    assert "process 0 of 2 stops: another process was lost" in said(folder, 2, 0)
+    assert "Start the same command again" in said(folder, 2, 0)
+    write_config = CONFIG.format(kind="RftConfig", numbers=RFT.format(steps=400), template=TEMPLATE, model="fresh")
+    (folder / "config.py").write_text(write_config)
+    again = launch(folder, "rft", 1, 8, "--devices", "8", "--mesh.fsdp", "4")
+    while "going on behind step" not in said(folder, 1, 0) and again[0].poll() is None:
+        time.sleep(0.2)
+    while (last := max(metrics_of(folder, ("loss",)))) < 12 and again[0].poll() is None:
+        time.sleep(0.2)
+    again[0].send_signal(signal.SIGTERM)
+    assert again[0].wait(timeout=100) == 130, said(folder, 1, 0)[-2000:]
+    assert last >= 12
+    found, expected = metrics_of(folder, ("loss",)), metrics_of(alone, ("loss",))
+    assert sorted(found) == list(range(1, max(found) + 1))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), step
+
+
+def test_who_is_one_of_several():
+    named = Wanted("10.0.0.2:1234", 4, 1)
+    flags = ["--coordinator", "10.0.0.2:1234", "--processes=4", "--process", "1", "rl", "--steps", "2"]
+    assert wanted(flags, {}, Path("/nowhere")) == (named, ["rl", "--steps", "2"])
+    environment = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "1"}
+    assert wanted(["rl"], environment, Path("/nowhere")) == (named, ["rl"])
+    assert wanted(["--process", "2", "rl"], environment, Path("/nowhere"))[0].process == 2
+    assert wanted(["rl"], {}, Path("/nowhere")) == (None, ["rl"])
+    assert wanted(["rl"], {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, Path("/nowhere")) == (Wanted(), ["rl"])
+    assert not managed({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Path("/nowhere"))
+    assert managed({"OMPI_COMM_WORLD_SIZE": "8"}, Path("/nowhere"))
+
+
+def test_a_machine_with_tpus_knows_its_processes(tmp_path, monkeypatch):
+    (tmp_path / "dev/vfio").mkdir(parents=True)
+    monkeypatch.setattr("grm_jax.processes.find_spec", lambda name: name == "libtpu")
+    assert not managed({}, tmp_path)
+    (tmp_path / "dev/vfio/0").touch()
+    assert managed({}, tmp_path)
+    assert managed({"JAX_PLATFORMS": "tpu,cpu"}, tmp_path)
+    assert not managed({"JAX_PLATFORMS": "cpu"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "a:1"], "--processes and --process are not given: give all three"),
+        (["--coordinator", "a", "--processes", "2", "--process", "0"], "coordinator = 'a': it has to be host:port"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process = 2 of processes = 2"),
+        (["--process"], "--process has no value"),
+    ],
+)
+def test_a_part_of_it_says_what_is_missing(flags, message):
+    with pytest.raises(ValueError, match=message):
+        wanted([*flags], {}, Path("/nowhere"))
