@@ -71,7 +71,10 @@ def instruction(rng: random.Random) -> dict:
     word, kind = name(rng), rng.choice(("again", "backwards", "criterion"))
     if kind == "criterion":
         asked, query = rng.choice(list(QUERIES.items()))
-        turns = (("user", f"User: {word}: {query}\nWhat is the criterion?"), ("assistant", f"Specific Criteria: {asked}"))
+        turns = (
+            ("user", f"User: {word}: {query}\nWhat is the criterion?"),
+            ("assistant", f"Specific Criteria: {asked}"),
+        )
     elif kind == "again":
         turns = (("user", f"Say {word}."), ("assistant", word))
     else:

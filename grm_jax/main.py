@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, recipes
-from grm_jax.config import BenchConfig, CompareConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
+from grm_jax.config import BenchConfig, CompareConfig, ConvertConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
 
 
 def score(args: Sequence[str]) -> None:
@@ -60,6 +60,15 @@ def compare(args: Sequence[str]) -> None:
     """lay reports of one benchmark side by side"""
     config = parse(CompareConfig, args, "grm_jax.main compare")
     from grm_jax.evals.compare import run
+
+    run(config)
+
+
+def convert(args: Sequence[str]) -> None:
+    """write a model, adapters or a training run's step in another format"""
+    config = parse(ConvertConfig, args, "grm_jax.main convert")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator is needed, and a run may hold this machine's
+    from grm_jax.convert import run
 
     run(config)
 
@@ -124,6 +133,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bradley_terry": bradley_terry,
     "pair_rm": pair_rm,
     "cloud": cloud,
+    "convert": convert,
     "bench": bench,
 }
 

@@ -75,9 +75,20 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
 
 def fresh(numbers: Fresh, seed: int, devices: int | None, dtype: jnp.dtype) -> Grm:
     """A random decoder over bytes."""
-    tokenizer = ByteTokenizer()
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
+    config = fresh_config(numbers)
+    on_cpu = jax.default_backend() == "cpu"
+    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
+    graph, shapes = split_abstract(config)
+    params = {
+        name: jax.device_put(value, parameter_sharding(mesh, name, *shapes[name]))
+        for name, value in random_params(config, seed, dtype).items()
+    }
+    return Grm(Model(config, graph, params, mesh), ByteTokenizer(), FRESH)
+
+
+def fresh_config(numbers: Fresh) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=ByteTokenizer().vocab_size,
         dim=numbers.dim,
         layers=numbers.layers,
         heads=numbers.heads,
@@ -91,14 +102,6 @@ def fresh(numbers: Fresh, seed: int, devices: int | None, dtype: jnp.dtype) -> G
         tied=False,
         windows=(None,) * numbers.layers,
     )
-    on_cpu = jax.default_backend() == "cpu"
-    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
-    graph, shapes = split_abstract(config)
-    params = {
-        name: jax.device_put(value, parameter_sharding(mesh, name, *shapes[name]))
-        for name, value in random_params(config, seed, dtype).items()
-    }
-    return Grm(Model(config, graph, params, mesh), tokenizer, FRESH)
 
 
 def save(start: Start, state: State, output: str) -> None:
