@@ -9,6 +9,7 @@ Nothing is written or moved: a damaged step is an error here.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,8 @@ def find(folder: epath.PathLike, step: int | None) -> Step:
     Raises FileNotFoundError for a step that is not there, ValueError for a damaged one.
     """
     folder = epath.Path(folder).expanduser()
+    if "://" not in str(folder):
+        folder = epath.Path(os.path.abspath(folder))  # Orbax takes no relative path
     if (folder / STATE).is_dir():
         if step is not None:
             raise ValueError(f"step = {step}, but {folder} is one step: give the run's folder, or leave the step out")
