@@ -6,7 +6,9 @@ parameters. What is read lies at once as it is wanted: each process and device r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from etils import epath
 from grm_jax.damage import Fault, attempt
 
 PARAMS = "params"
+Value = TypeVar("Value")
+_GB_AT_ONCE = 4
 _FILES = ("_METADATA", "_CHECKPOINT_METADATA")  # Orbax's own; the first is there once the arrays are
 
 
@@ -32,7 +36,7 @@ def is_checkpoint(place: epath.Path) -> bool:
 
 def write(folder: epath.Path, params: Mapping[str, jax.Array], dtype: jnp.dtype) -> None:
     """Write the checkpoint, which takes its name once it is complete. All processes call this together."""
-    with ocp.StandardCheckpointer() as writer:
+    with _checkpointer(params.values()) as writer:
         writer.save(_absolute(folder) / PARAMS, {name: value.astype(dtype) for name, value in params.items()})
         writer.wait_until_finished()
 
@@ -57,7 +61,7 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
         name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=target.sharding or default)
         for name, target in targets.items()
     }
-    return _read(folder, lambda reader, place: reader.restore(place, wish))
+    return _read(folder, lambda reader, place: reader.restore(place, wish), wish.values())
 
 
 def stored_types(folder: epath.PathLike) -> set[str]:
@@ -71,15 +75,22 @@ def _saved(folder: epath.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(array.shape), jnp.dtype(array.dtype).name) for name, array in found.items()}
 
 
-def _read(folder, read):
-    def whole():
-        with ocp.StandardCheckpointer() as reader:
+def _read(folder: epath.PathLike, read: Callable[..., Value], arrays: Collection[jax.ShapeDtypeStruct] = ()) -> Value:
+    def whole() -> Value:
+        with _checkpointer(arrays) as reader:
             return read(reader, _absolute(epath.Path(folder)) / PARAMS)
 
     found = attempt(whole)
     if isinstance(found, Fault):
         raise ValueError(f"{folder}/{PARAMS} is no complete Orbax checkpoint: {found.reason}; write it again")
     return found
+
+
+def _checkpointer(arrays: Collection[jax.ShapeDtypeStruct | jax.Array]) -> ocp.StandardCheckpointer:
+    """One that has a few GB under way at once, not 96: beside a large model that would be a second one."""
+    largest = max((4 * math.prod(array.shape) for array in arrays), default=0)  # whatever it is stored in
+    at_once = max(_GB_AT_ONCE, 1 + largest // 10**9)
+    return ocp.StandardCheckpointer(save_concurrent_gb=at_once, restore_concurrent_gb=at_once)
 
 
 def _absolute(folder: epath.Path) -> epath.Path:
