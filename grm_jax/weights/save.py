@@ -189,7 +189,8 @@ def clear(folder: epath.Path) -> None:
     old = list(folder.iterdir()) if folder.exists() else []
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(old, key=lambda file: file.name != _CONFIG):
-        if file.name in (_CONFIG, *TOKENIZER_FILES) or _WEIGHTS.fullmatch(file.name):
+        name = file.name.removeprefix(".").removesuffix(".writing")  # what a killed process was writing
+        if name in (_CONFIG, *TOKENIZER_FILES) or _WEIGHTS.fullmatch(name):
             file.unlink()
     for place in old:
         if orbax.is_checkpoint(place):
