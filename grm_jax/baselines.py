@@ -19,6 +19,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from grm_jax import grm, neutral, prompts, scalar_rm
 from grm_jax.config import Baseline, Dtype, JudgeSettings
 from grm_jax.data.chat import encode_chat
@@ -198,7 +200,11 @@ def critiques(
 
 
 def load(
-    kind: Baseline, path: str, dtype: Dtype | None = None, devices: int | None = None, critic: str | None = None
+    kind: Baseline,
+    path: str,
+    dtype: Dtype | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    critic: str | None = None,
 ) -> BradleyTerry | PairRm | Cloud:
     """A baseline from a folder that its command has written; `bradley_terry` takes any reward model's folder.
 
@@ -208,9 +214,9 @@ def load(
     if (kind == "cloud") != (critic is not None):
         said = f"needs one, the model that it was trained with: give --critic {path}" if critic is None else "has none"
         raise ValueError(f"critic = {critic}: {kind} {said}")
-    model, tokenizer = scalar_rm.load(path, dtype, devices)
+    model, tokenizer = scalar_rm.load(path, dtype, mesh)
     if kind == "bradley_terry":
         return BradleyTerry(model, tokenizer)
     if kind == "pair_rm":
         return PairRm(model, tokenizer, scalar_rm.template_of(path, PAIR))
-    return Cloud(grm.load(critic, dtype, devices), model, tokenizer, scalar_rm.template_of(path, CRITIQUE))
+    return Cloud(grm.load(critic, dtype, mesh), model, tokenizer, scalar_rm.template_of(path, CRITIQUE))

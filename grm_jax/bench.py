@@ -28,6 +28,7 @@ from grm_jax.metrics import device_memory
 from grm_jax.models.decoder import Model
 from grm_jax.models.flops import attention_flops, matrix_weights, product_flops, timed
 from grm_jax.sampler import Sampling, generate, rollout
+from grm_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Measured:
 
 def run(config: BenchConfig) -> None:
     """Measure every row, print the table, and write the JSON file when one is asked for."""
-    model = load(config.model, config.dtype, devices=1).model
+    model = load(config.model, config.dtype, make_mesh()).model
     limit = model.config.max_positions
     if config.prompt_tokens + config.new_tokens > limit:
         raise ValueError(

@@ -41,7 +41,7 @@ from grm_jax.damage import Fault, attempt
 from grm_jax.log import logger
 
 # Fields of a recipe that may differ when a run goes on: none of them changes what is learned.
-FREE = ("checkpoints", "profile", "log_samples_every", "devices", "output")
+FREE = ("checkpoints", "profile", "log_samples_every", "devices", "mesh", "output")
 RECIPE, STEPS = "recipe.json", "checkpoints"  # in a run's folder
 STATE, RUN = "state", "run"  # in a step's
 Value = TypeVar("Value")

@@ -18,6 +18,29 @@ Baseline = Literal["bradley_terry", "pair_rm", "cloud"]
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Devices along each axis of the mesh; -1, for one of them, is what the others leave."""
+
+    data: int = -1
+    """splits the batch"""
+    fsdp: int = 1
+    """splits the batch, and in training the weights and the optimizer's state, gathered where they are used"""
+    tensor: int = 1
+    """splits heads, MLP and vocabulary"""
+    expert: int = 1
+    """splits the experts of a mixture, and elsewhere the batch"""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} = {size}: it has to be at least 1, or -1 for what the others leave")
+        if list(sizes.values()).count(-1) > 1:
+            unknown = " and ".join(f"mesh.{name}" for name, size in sizes.items() if size == -1)
+            raise ValueError(f"{unknown} are -1: one size alone can be what the others leave, give the other a number")
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgeSettings:
     """How judgments are sampled; the defaults are the paper's (section 5) where it gives them."""
 
@@ -101,7 +124,8 @@ class ScoreConfig(JudgeSettings):
     dtype: Dtype | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     devices: int | None = None
-    """devices that share the batch; by default one on CPU, all elsewhere"""
+    """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
+    mesh: MeshSizes = MeshSizes()
     skip_bad: bool = False
     """leave bad rows out and count them, instead of stopping before the model is loaded"""
     overwrite: bool = False
@@ -168,7 +192,8 @@ class EvalConfig(JudgeSettings):
     dtype: Dtype | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     devices: int | None = None
-    """devices that share the batch; by default one on CPU, all elsewhere"""
+    """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
+    mesh: MeshSizes = MeshSizes()
     overwrite: bool = False
     """start anew where the output exists"""
 

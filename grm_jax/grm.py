@@ -34,6 +34,7 @@ from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable
 from grm_jax.dealing import by_length, orders
 from grm_jax.models.decoder import Model, bind
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
+from grm_jax.sharding import DECODING, Rules
 from grm_jax.verdicts import verdict
 from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
 from grm_jax.weights.decoder import load_decoder
@@ -377,21 +378,22 @@ def _usage(task: _Task) -> Usage:
 def load(
     model: str = "smollm2-135m",
     dtype: Dtype | None = None,
-    devices: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = DECODING,
 ) -> Grm:
     """Load a judge: an embedded model by name, a Hugging Face folder, a .gguf file, or a folder of adapters (local or gs://).
 
     Adapters (PEFT's LoRA) are merged into the base that they name, whose tokenizer is used.
-    dtype: of weights and caches; by default float32 on CPU, bfloat16 elsewhere. devices: how many of this process's
-    devices share the batch; by default one on CPU, all elsewhere. Raises FileNotFoundError and ValueError as the loaders
-    of `weights` and `tokenizer` do.
+    dtype: of weights and caches; by default float32 on CPU, bfloat16 elsewhere. mesh: of `sharding.lay_out` or
+    `sharding.make_mesh`; by default one device on CPU, and elsewhere all of this process's, which share the batch. rules:
+    how the weights lie on it. Raises FileNotFoundError and ValueError as the loaders of `weights` and `tokenizer` do.
     """
     if model not in EMBEDDED and is_adapter_folder(model):
         base, lora, adapters = load_adapters(model)
-        found = load(base, dtype, devices)
+        found = load(base, dtype, mesh, rules)
         merged = dataclasses.replace(found.model, params=merge_into(found.model.params, adapters, lora))
         return Grm(merged, found.tokenizer, str(model))
-    found, tokenizer = load_decoder(model, dtype, devices)
+    found, tokenizer = load_decoder(model, dtype, mesh, rules)
     if found.config.scalar:
         raise ValueError(f"{model} has a scalar head and writes nothing: it guides a judge, as --meta-rm {model}")
     return Grm(found, tokenizer, str(model), demos=model in EMBEDDED)

@@ -1,16 +1,18 @@
 """The command line: `python -m grm_jax.main COMMAND ...`, one function a command.
 
-Bad input and bad settings end with one line on standard error and exit code 2; `--help` loads nothing heavy.
+Bad input and bad settings end with one line on standard error and exit code 2; `--help` loads nothing heavy. Where the
+command runs as several processes, it joins them first, and one that fails leaves at once: the others then stop too.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grm_jax import log, recipes
+from grm_jax import log, processes, recipes
 from grm_jax.config import BenchConfig, CompareConfig, ConvertConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
 
 
@@ -67,7 +69,6 @@ def compare(args: Sequence[str]) -> None:
 def convert(args: Sequence[str]) -> None:
     """write a model, adapters or a training run's step in another format"""
     config = parse(ConvertConfig, args, "grm_jax.main convert")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator is needed, and a run may hold this machine's
     from grm_jax.convert import run
 
     run(config)
@@ -140,7 +141,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def usage() -> str:
     lines = [f"  {name:14}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: python -m grm_jax.main COMMAND [--help] ...", "", "commands:", *lines])
+    return "\n".join(
+        [
+            "usage: python -m grm_jax.main [--coordinator HOST:PORT --processes N --process I] COMMAND [--help] ...",
+            *("", "commands:", *lines),
+        ]
+    )
 
 
 def compilation_cache() -> Path:
@@ -149,16 +155,32 @@ def compilation_cache() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for bad input or settings, 130 when interrupted."""
+    """Run a command; the exit code is 0, 2 for bad input or settings, 75 for a lost process, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"{argv[0]!r} is no command\n{usage()}", file=sys.stderr)
-        return 2
     log.to_stderr()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+    if argv[0] == "convert":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # it needs no accelerator, and a run may hold this machine's
+    try:
+        wanted, argv = processes.wanted(argv, os.environ)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not argv or argv[0] not in COMMANDS:
+        print(f"{argv[0]!r} is no command\n{usage()}" if argv else usage(), file=sys.stderr)
+        return 2
+    if wanted is None or set(argv) & {"-h", "--help"}:
+        return _run(argv)
+    if argv[0] == "convert":
+        print("error: convert is one process, which writes everything: start it once, without others", file=sys.stderr)
+        return 2
+    return _run_as_one_of_several(wanted, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         COMMANDS[argv[0]](argv[1:])
     except SystemExit as stop:  # the parser has said what was wrong, or printed its help
@@ -173,6 +195,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     return 0
+
+
+def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int:
+    """A process that fails does not wait for the others, who may wait for it: it leaves, and they find it gone."""
+    import jax
+
+    from grm_jax import hosts
+
+    hosts.join(wanted)
+    log.to_stderr(process_index=jax.process_index())
+    try:
+        code = _run(argv)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"error: {hosts.lost(error)}", file=sys.stderr)
+        code = hosts.LOST
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 from grm_jax import prompts, scalar_rm
 from grm_jax.config import Dtype
 from grm_jax.data.chat import encode_chat
@@ -69,11 +71,13 @@ class MetaRm:
         return [[next(found) for _ in judgments] for _, judgments in judged]
 
 
-def load(path: str, dtype: Dtype | None = None, devices: int | None = None, template: str | None = None) -> MetaRm:
+def load(
+    path: str, dtype: Dtype | None = None, mesh: jax.sharding.Mesh | None = None, template: str | None = None
+) -> MetaRm:
     """Load a meta RM: a folder that `scalar_rm.load` takes, with its errors.
 
     template: a name or file; by default the one that the folder keeps, or the packaged one.
     """
-    model, tokenizer = scalar_rm.load(path, dtype, devices)
+    model, tokenizer = scalar_rm.load(path, dtype, mesh)
     shown = prompts.load_template(template, boxed=False) if template else scalar_rm.template_of(path, TEMPLATE)
     return MetaRm(model, tokenizer, shown, str(path))

@@ -21,6 +21,7 @@ from grm_jax import prompts
 from grm_jax.buckets import power_of_two
 from grm_jax.config import Dtype
 from grm_jax.models.decoder import Model, Params, bind
+from grm_jax.sharding import fetch, rows_of, spread
 from grm_jax.tokenizer import Tokenizer
 from grm_jax.train.forward import scalars_of
 from grm_jax.weights.decoder import load_decoder
@@ -44,7 +45,8 @@ def scalars(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
         of_prompt.setdefault(tuple(prompt), []).append(i)
     found = [0.0] * len(texts)
     for groups in _shares(sorted(of_prompt.items(), key=lambda group: len(group[0]))):
-        numbers = np.asarray(_scalars(model.graph, model.params, *_padded(groups, texts)))
+        arrays = spread(_padded(groups, texts, rows_of(model.mesh)), model.mesh)
+        numbers = fetch(_scalars(model.graph, model.params, *arrays), model.mesh)
         widest = power_of_two(max(len(members) for _, members in groups), 1)
         for p, (_, members) in enumerate(groups):
             for g, i in enumerate(members):
@@ -64,9 +66,15 @@ def _shares(groups: list[_Group]) -> list[list[_Group]]:
     return shares
 
 
-def _padded(groups: Sequence[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, ...]:
-    """Prompts [P, S], lengths [P], texts [R, T], counts [R], each size a power of two; padding is one token long."""
+def _padded(
+    groups: Sequence[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]], parts: int
+) -> tuple[np.ndarray, ...]:
+    """Prompts [P, S], lengths [P], texts [R, T], counts [R], each size a power of two; padding is one token long.
+
+    P is made a multiple of `parts`.
+    """
     P, G = power_of_two(len(groups), 1), power_of_two(max(len(members) for _, members in groups), 1)
+    P = -(-P // parts) * parts
     S = power_of_two(max(len(prompt) for prompt, _ in groups), LEAST_TOKENS)
     T = power_of_two(max(len(texts[i][1]) for _, members in groups for i in members), LEAST_TOKENS)
     tokens, lengths = np.zeros((P, S), np.int32), np.ones(P, np.int32)
@@ -79,13 +87,13 @@ def _padded(groups: Sequence[_Group], texts: Sequence[tuple[Sequence[int], Seque
     return tokens, lengths, rows.reshape(-1, T), counts.reshape(-1)
 
 
-def load(path: str, dtype: Dtype | None = None, devices: int | None = None) -> tuple[Model, Tokenizer]:
+def load(path: str, dtype: Dtype | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Model, Tokenizer]:
     """A Hugging Face `...ForSequenceClassification` folder of one label, local or gs://, and its tokenizer.
 
-    dtype and devices as in `grm.load`. Raises FileNotFoundError and ValueError as the loaders do, and ValueError for a
+    dtype and mesh as in `grm.load`. Raises FileNotFoundError and ValueError as the loaders do, and ValueError for a
     model without a scalar head or without a tokenizer.
     """
-    model, tokenizer = load_decoder(path, dtype, devices)
+    model, tokenizer = load_decoder(path, dtype, mesh)
     if not model.config.scalar:
         raise ValueError(
             f"{path} has no scalar head: give a folder that `meta_rm`, `bradley_terry`, `pair_rm` or `cloud` has written, "

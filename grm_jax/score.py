@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from grm_jax import prompts
 from grm_jax.config import JudgeSettings, ScoreConfig
-from grm_jax.data.jsonl import DataError, open_writer, read_examples
+from grm_jax.data.jsonl import DataError, read_examples
 from grm_jax.datatypes import Example, Judgment, Verdict
 from grm_jax.log import logger
 from grm_jax.weights.embedded import check_model
@@ -40,14 +40,22 @@ def run(config: ScoreConfig) -> None:
     for model in (config.model, config.meta_rm, config.critic):
         if model:
             check_model(model)
-    with open_writer(config.output, examples, _settings(config), config.overwrite) as writer:
+    from grm_jax import hosts  # array libraries are loaded when the input is known to be good
+    from grm_jax.data.shares import shared_writer
+    from grm_jax.sharding import lay_out, spans_processes
+
+    mesh = lay_out(config.mesh, config.devices)
+    share = hosts.share(lockstep=spans_processes(mesh))
+    path = config.output if share.count == 1 else f"{config.output}-{share.index:05d}-of-{share.count:05d}"
+    examples = examples[share.index :: share.count]
+    with shared_writer(share, path, examples, _settings(config), config.overwrite) as writer:
         waiting = [example for example in examples if example.id not in writer.finished]
         if writer.finished:
-            logger.info("%d of %d verdicts are in %s already", len(writer.finished), len(examples), config.output)
+            logger.info("%d of %d verdicts are in %s already", len(writer.finished), len(examples), path)
         if not waiting:
             return
         started = time.monotonic()
-        judged = _judge_of(config)
+        judged = _judge_of(config, mesh)
         logger.info("loaded %s in %.1f s; %d examples to judge", config.model, time.monotonic() - started, len(waiting))
         started, verdicts = time.monotonic(), []
         with _progress(len(waiting)) as progress:
@@ -60,9 +68,9 @@ def run(config: ScoreConfig) -> None:
         show(examples, verdicts, Console(file=sys.stdout if config.output != "-" else sys.stderr))
 
 
-def _judge_of(config: ScoreConfig) -> Callable[[list[Example]], Iterator[Verdict]]:
+def _judge_of(config: ScoreConfig, mesh: jax.sharding.Mesh) -> Callable[[list[Example]], Iterator[Verdict]]:
     """Load what the config names, and give what turns examples into verdicts."""
-    settings, place = judge_settings(config), (config.dtype, config.devices)
+    settings, place = judge_settings(config), (config.dtype, mesh)
     if config.baseline:
         from grm_jax import baselines
 

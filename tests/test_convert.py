@@ -27,6 +27,7 @@ from grm_jax.checkpoint import Saver
 from grm_jax.main import main
 from grm_jax.models.decoder import split_abstract
 from grm_jax.recipes import Checkpoints, Fresh, Lora, Optimizer, RftConfig, as_json
+from grm_jax.sharding import make_mesh
 from grm_jax.spct import start
 from grm_jax.tokenizer import ByteTokenizer
 from grm_jax.train import policy as training
@@ -130,7 +131,7 @@ def test_an_orbax_folder_is_a_model(judge: Path, tmp_path: Path) -> None:
     ids = np.arange(20).reshape(1, 20)
     found, expected = grm_jax.load(str(kept)), grm_jax.load(str(judge))
     np.testing.assert_array_equal(found.logits(ids), expected.logits(ids))
-    spread = grm_jax.load(str(kept), devices=2)
+    spread = grm_jax.load(str(kept), mesh=make_mesh(data=2))
     assert spread.model.params["embed"].sharding.mesh.size == 2
     assert_same(spread.model.params, expected.model.params)
     save_adapters(tmp_path / "adapters", LLAMA, adapters_of(LLAMA), SOME, str(kept))
@@ -310,6 +311,13 @@ def test_bad_input_is_named(judge: Path, tmp_path: Path, capsys) -> None:
         assert not Path(new).exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     assert (judge / "config.json").exists()
+
+
+def test_it_is_one_process(judge: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for name, value in (("COORDINATOR_ADDRESS", "127.0.0.1:9"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert main(["convert", "--model", str(judge), "--output", str(tmp_path / "out")]) == 2
+    assert "convert is one process, which writes everything" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])

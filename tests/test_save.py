@@ -385,7 +385,7 @@ def test_a_judge_over_adapters_is_the_merged_model(adapted: Path, tmp_path: Path
     again = grm_jax.load(str(tmp_path / "merged"))
     ids = np.arange(20).reshape(1, 20)
     np.testing.assert_array_equal(again.logits(ids), grm.logits(ids))
-    spread = grm_jax.load(str(adapted), devices=2)
+    spread = grm_jax.load(str(adapted), mesh=make_mesh(data=2))
     assert spread.model.params["embed"].sharding.mesh.size == 2
     assert_same(spread.model.params, expected)
     for name, shape in split_abstract(LLAMA)[1].items():

@@ -8,10 +8,10 @@
 3. What all prompts of a template begin with, its `head`, is found once from the template itself, and stored apart.
 4. `stream` prefetches batches; its state says which one is next.
 
-Several processes: each tokenises ALL rows of a batch, so that all agree on its padded size without a word, and returns
-its own consecutive share of them.
+Several processes: each makes the same batch, whole, so that all agree on its padded size without a word; `sharding.spread`
+puts on each device the rows that are its own.
 
-Shapes: P prompts (of this process), S padded tokens, H tokens of the head, N responses.
+Shapes: P prompts, S padded tokens, H tokens of the head, N responses.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PromptBatches:
 
     def __init__(
         self, items: Sequence[Example], template_of: Callable[[Example], prompts.Template], tokenizer: Tokenizer,
-        seed: int, steps: int, size: int, max_prompt_tokens: int, process_index: int = 0, process_count: int = 1,
+        seed: int, steps: int, size: int, max_prompt_tokens: int,
     ) -> None:  # fmt: skip
         """Group the items and find each template's head.
 
@@ -102,19 +102,14 @@ class PromptBatches:
             tokenizer: of the policy.
             seed: of shuffles and orders.
             steps: batches of the run.
-            size: prompts of a batch, over all processes.
+            size: prompts of a batch.
             max_prompt_tokens: longer prompts are cut, as `prompts.fit` does.
-            process_index: which share of a batch's rows to return.
-            process_count: shares of a batch.
 
         Raises:
-            ValueError: no items, an item without labels or without a place in its template, a size that the processes
-                cannot share.
+            ValueError: no items, an item without labels or without a place in its template.
         """
         if not items:
             raise ValueError("no items to make batches of: give labelled examples with one best response")
-        if size % process_count:
-            raise ValueError(f"batches of {size} prompts for {process_count} processes: give a multiple of these")
         by_template: dict[prompts.Template, list[Example]] = {}
         for item in items:
             if item.scores is None:
@@ -125,8 +120,6 @@ class PromptBatches:
         self.items, self.steps, self.size = list(items), steps, size
         self.widest = max(len(item.responses) for item in items)  # N, the same in all batches
         self._tokenizer, self._seed, self._limit = tokenizer, seed, max_prompt_tokens
-        share = size // process_count
-        self._share = slice(process_index * share, (process_index + 1) * share)
         self._groups = [
             _Group(template, head_of(tokenizer, template, group), group, np.array([_length_class(e) for e in group]))
             for template, group in by_template.items()
@@ -150,9 +143,8 @@ class PromptBatches:
         group = self._groups[number]
         rows = [self._row(group, slot, epoch) for slot in slots]
         width = power_of_two(max(len(row.ids) for row in rows), LEAST_TOKENS)
-        mine = rows[self._share]
-        shown = Shown([r.item for r in mine], [r.order for r in mine], [r.cut for r in mine], group.template.name)
-        return _batch(group, mine, width, self.widest), shown
+        shown = Shown([r.item for r in rows], [r.order for r in rows], [r.cut for r in rows], group.template.name)
+        return _batch(group, rows, width, self.widest), shown
 
     def _row(self, group: _Group, slot: int, epoch: int) -> _Row:
         """The item in a slot of its group. Slots behind the group's end are its items again.

@@ -18,21 +18,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
-from grm_jax import meta_rm, prompts
+from grm_jax import hosts, meta_rm, prompts
 from grm_jax.checkpoint import digest
 from grm_jax.config import EvalConfig, JudgeSettings
 from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
 from grm_jax.data.benchmarks import KINDS, Benchmark, Case
-from grm_jax.data.jsonl import DataError, open_writer
+from grm_jax.data.jsonl import DataError
+from grm_jax.data.shares import shared_writer
 from grm_jax.datatypes import Example
 from grm_jax.evals import measure, page, report, table
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
+from grm_jax.sharding import fetch, lay_out, spans_processes
 from grm_jax.spct.sample import Sample, part_of, read_samples, row_of, samples_of
 from grm_jax.weights.embedded import check_model
 
@@ -65,7 +65,7 @@ def run(config: EvalConfig) -> None:
             settings, votes=benchmark.kind.least, temperature=0.0, k_meta=None, expected_scores=False
         )
         once = judged(config, benchmark, alone, GREEDY, templates, lambda: (opened()[0], None))
-    if jax.process_index() == 0:
+    if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol_of(config.output))
 
 
@@ -107,8 +107,9 @@ def templates_of(cases: Sequence[Case], config: EvalConfig) -> dict[int, str]:
 
 def open_judge(config: EvalConfig) -> Judge:
     """The model, and the meta RM where one is asked."""
-    guide = meta_rm.load(config.meta_rm, config.dtype, config.devices) if config.meta_rm else None
-    return load(config.model, config.dtype, config.devices), guide
+    mesh = lay_out(config.mesh, config.devices)
+    guide = meta_rm.load(config.meta_rm, config.dtype, mesh) if config.meta_rm else None
+    return load(config.model, config.dtype, mesh), guide
 
 
 def _settings(config: EvalConfig) -> JudgeSettings:
@@ -120,12 +121,13 @@ def judged(
     opened: Callable[[], Judge],
 ) -> list[Sample]:  # fmt: skip
     """The rows of all cases under these settings; those that are not in the file yet are judged into it."""
-    index, count = jax.process_index(), jax.process_count()
+    share = hosts.share(lockstep=spans_processes(lay_out(config.mesh, config.devices)))
     path = f"{config.output}/{file}"
-    mine = benchmark.cases[index::count]
+    mine = benchmark.cases[share.index :: share.count]
     known = _record(config, benchmark, settings, templates)
-    with open_writer(
-        path if count == 1 else part_of(path, index, count),
+    with shared_writer(
+        share,
+        part_of(path, share),
         [_named(case) for case in mine],
         known,
         config.overwrite,
@@ -136,11 +138,12 @@ def judged(
             logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
         if waiting:
             grm, guide = opened()
-            if index == 0 and file == JUDGMENTS:
-                _write(f"{config.output}/protocol.json", known | {"weights": weights_digest(grm)})
+            if file == JUDGMENTS:
+                digest = weights_digest(grm)
+                if hosts.is_first():
+                    _write(f"{config.output}/protocol.json", known | {"weights": digest})
             _judge(grm, guide, waiting, settings, templates, writer.write)
-    if count > 1:
-        multihost_utils.sync_global_devices(path)  # process 0 reads the parts of all
+    hosts.sync(path)  # process 0 reads the parts of all
     return read_samples(path)
 
 
@@ -194,7 +197,7 @@ def _record(
 
 def weights_digest(grm: Grm) -> str:
     """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""
-    found = jax.device_get({name: digest(value) for name, value in grm.model.params.items()})
+    found = fetch({name: digest(value) for name, value in grm.model.params.items()}, grm.model.mesh)
     said = json.dumps({name: int(found[name]) for name in sorted(found)})
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 

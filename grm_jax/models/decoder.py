@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from grm_jax.models.attention import Keys, Owner, attend, pieces, softcapped, visible
 from grm_jax.models.config import DecoderConfig, RopeScaling
+from grm_jax.sharding import batch_columns
 
 Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
 
@@ -185,10 +186,14 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole model. Build it abstractly with `split_abstract`, bind parameters with `bind`."""
+    """The whole model. Build it abstractly with `split_abstract`, bind parameters with `bind`.
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+    mesh: where it runs; rows of its activations then stay spread over it as the batch is.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None) -> None:
         self.config = config
+        self.mesh = mesh
         self.embed = _param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = _vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
@@ -214,7 +219,8 @@ class Decoder(nnx.Module):
         """
         cache = cache or Cache()
         config, shape = self.config, tokens.shape
-        x = self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale
+        columns = partial(batch_columns, self.mesh, shape[0])
+        x = columns(self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale)
         freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         theta = freq[:, None] * positions.reshape(1, -1).astype(jnp.float32)
         angles = (jnp.cos(theta), jnp.sin(theta))
@@ -232,7 +238,7 @@ class Decoder(nnx.Module):
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
 
             def layer(x: jax.Array, i: int = i, block: Block = block, window: int | None = window):
-                q, k, v = block.project(x, angles)
+                q, k, v = block.project(columns(x), angles)
                 if cache.own is None:
                     k, v = (y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))  # [B, K, T, H]
                 else:
@@ -277,9 +283,11 @@ def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Arra
     return jax.lax.dynamic_update_slice_in_dim(store, jnp.expand_dims(new, axis), clock, axis)
 
 
-def split_abstract(config: DecoderConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
+def split_abstract(
+    config: DecoderConfig, mesh: jax.sharding.Mesh | None = None
+) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
     """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh))
     graph, state = nnx.split(abstract)
     shapes = {
         ".".join(map(str, path)): (leaf.get_value().shape, leaf.get_metadata()["axes"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from grm_jax.config import Dtype, check_sampling
+from grm_jax.config import Dtype, MeshSizes, check_sampling
 from grm_jax.recipes.parts import Checkpoints, Fresh, Items, Lora, Optimizer, at_least, check_seed, given
 
 Objective = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
@@ -32,7 +32,8 @@ class _Training:
     """what the backward pass computes again: nothing, whole blocks, or all but the blocks' matrix products"""
     checkpoints: Checkpoints = Checkpoints()
     devices: int | None = None
-    """devices that share the batch; by default one on CPU, all elsewhere"""
+    """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
+    mesh: MeshSizes = MeshSizes()
     evaluate_every: int = 0
     """steps between two measurements on the held-out examples; 0 measures at the start and the end alone"""
     profile: tuple[int, ...] = ()
@@ -256,6 +257,7 @@ class SampleConfig:
     """a meta RM's folder: each judgment's row then has its logit"""
     dtype: Dtype | None = None
     devices: int | None = None
+    mesh: MeshSizes = MeshSizes()
     overwrite: bool = False
     """start anew where the output exists"""
 

@@ -10,6 +10,7 @@
    powers of two: short ones do not pay for the longest possible one.
 
 A sample depends on (key, item, sample index) and its prompt alone: not on the batch, its neighbours or the devices.
+On a mesh that spans processes each of them runs this loop, on the same requests, and all take the same steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from grm_jax.models.decoder import Model
 from grm_jax.sampler import rollout
 from grm_jax.sampler.draw import Sampling
 from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_length, common_prefix, power_of_two
-from grm_jax.sharding import batch_sharding, replicated
+from grm_jax.sharding import fetch, place, replicated, rows_of, spread
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
 _LEAST_RING = 128  # slots of the smallest ring
@@ -66,7 +67,7 @@ class _Batch:
     ) -> None:
         self.model, self.plan, self.sampling, self.key, self.forcing = model, plan, sampling, key, forcing
         self.numbers = numbers
-        data = model.mesh.shape["data"]
+        data = rows_of(model.mesh)
         self.groups = -(-plan.groups // data) * data
         count = self.groups * plan.group
         self.rows: list[_Row | None] = [None] * count
@@ -87,7 +88,7 @@ class _Batch:
             "sample": np.zeros(count, np.int32),
         }
         self.clock = 0
-        clock = jax.device_put(np.int32(0), replicated(model.mesh))
+        clock = place(np.int32(0), replicated(model.mesh))
         self.ring = rollout.Ring(self._empty((count,), _LEAST_RING), clock)
         self.prompts: Keys | None = None
         self.shape = jnp.zeros((self.groups, plan.group), bool)
@@ -106,26 +107,20 @@ class _Batch:
 
     def _prefill(self, prompts: list[Sequence[int]], width: int) -> Keys:
         """Keys of a few prompts, in a block that the mesh's data axis divides."""
-        data = self.model.mesh.shape["data"]
+        data = rows_of(self.model.mesh)
         tokens = np.zeros((-(-len(prompts) // data) * data, width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
         lengths = np.array([*map(len, prompts), *[0] * (len(tokens) - len(prompts))], np.int32)
-        spread = batch_sharding(self.model.mesh)
-        return rollout.prefill(
-            self.model.graph,
-            self.model.params,
-            self.head,
-            jax.device_put(tokens, spread),
-            jax.device_put(lengths, spread),
-        )
+        tokens, lengths = spread((tokens, lengths), self.model.mesh)
+        return rollout.prefill(self.model.graph, self.model.params, self.head, tokens, lengths)
 
     def free_groups(self) -> list[int]:
         return [p for p, request in enumerate(self.request) if request is None]
 
     def admit(self, requests: list[tuple[int, Request]]) -> None:
         """Put requests into free groups: prefill what is theirs alone, and start their first samples."""
-        data = self.model.mesh.shape["data"]
+        data = rows_of(self.model.mesh)
         for start in range(0, len(requests), data):
             block = requests[start : start + data]
             rests = [request.prompt[len(self.head_tokens) : -1] for _, request in block]
@@ -208,8 +203,7 @@ class _Batch:
     def step(self) -> Iterator[Completion]:
         """Decode for all rows, take what they wrote, and yield the samples that are whole; their rows begin anew."""
         self._fit_ring()
-        spread = batch_sharding(self.model.mesh)
-        state = rollout.Rows(**{name: jax.device_put(x, spread) for name, x in self.state.items()})
+        state = rollout.Rows(**spread(self.state, self.model.mesh))
         table = None
         if self.forcing is not None and any(row and row.request.numbers for row in self.rows):
             table = self.forcing.table
@@ -219,16 +213,9 @@ class _Batch:
             *(self.sampling, table, self.shape, self.plan.steps, self.numbers),
         )
         names = list(self.state)
-        *values, tokens, log_probs, masses, counts, clock = jax.device_get(
-            [
-                *(getattr(state, name) for name in names),
-                emitted.tokens,
-                emitted.log_probs,
-                emitted.masses,
-                emitted.count,
-                self.ring.clock,
-            ]
-        )
+        wanted = [getattr(state, name) for name in names]
+        wanted += [emitted.tokens, emitted.log_probs, emitted.masses, emitted.count, self.ring.clock]
+        *values, tokens, log_probs, masses, counts, clock = fetch(wanted, self.model.mesh)
         self.state = {name: np.array(value) for name, value in zip(names, values, strict=True)}
         self.clock = int(clock)
         for row, sample in enumerate(self.rows):

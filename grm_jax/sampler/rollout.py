@@ -29,7 +29,7 @@ from grm_jax.models.attention import NOWHERE, Keys
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.decoder import Cache, Params, bind
 from grm_jax.sampler.draw import Sampling, draw
-from grm_jax.sharding import batch_sharding
+from grm_jax.sharding import batch_sharding, cache_sharding
 
 _QUERIES = 2048  # prompt tokens prefilled at once: their attention scores are the largest array there is
 
@@ -94,7 +94,7 @@ def row_keys(key: Key[Array, ""], items: Int[Array, "R"], samples: Int[Array, "R
 
 def empty(config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype, lead: tuple[int, ...], slots: int) -> Keys:
     """A part that holds nothing, [*lead, K, slots, H] a layer, its first axis split over the mesh's data."""
-    shape, store = (*lead, config.kv_heads, slots, config.head_dim), batch_sharding(mesh, "kv_heads")
+    shape, store = (*lead, config.kv_heads, slots, config.head_dim), cache_sharding(mesh, config.kv_heads)
     k, v = (tuple(jnp.zeros(shape, dtype, device=store) for _ in range(config.layers)) for _ in range(2))
     return Keys(k, v, jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
 

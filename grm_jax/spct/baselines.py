@@ -15,20 +15,19 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
-from grm_jax import baselines, grm, losses, prompts
+from grm_jax import baselines, grm, hosts, losses, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
-from grm_jax.data.jsonl import open_writer
+from grm_jax.data.shares import shared_writer
 from grm_jax.datatypes import Example, Verdict
 from grm_jax.grm import Grm
 from grm_jax.log import logger
 from grm_jax.meta_rm import text_ids
 from grm_jax.models.decoder import Model
 from grm_jax.recipes import CloudConfig, PairsConfig
+from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct import meta, runs, scalar
 from grm_jax.spct.measure import measured
 from grm_jax.spct.runs import Run
@@ -86,7 +85,7 @@ def cloud(recipe: CloudConfig) -> None:
     name = recipe.template or baselines.CRITIQUE
     template = prompts.load_template(name, boxed=False)
     found, begun, limit = _begin(recipe)
-    critic = grm.load(recipe.critic, recipe.compute_dtype, recipe.devices)
+    critic = grm.load(recipe.critic, recipe.compute_dtype, lay_out(recipe.mesh, recipe.devices))
     written = critiques(recipe, found.train, critic, template)
 
     def encode(item: Example, best: int, other: int, j: int) -> list[Ids]:
@@ -151,19 +150,18 @@ def critiques(
 ) -> dict[str, list[str]]:
     """The critiques of every response of the items, by the id of `baselines.single`; sampled where they are not there."""
     singles = [baselines.single(item, i) for item in items for i in range(len(item.responses))]
-    index, count = jax.process_index(), jax.process_count()
+    share = hosts.share(lockstep=spans_processes(critic.model.mesh))
     path = f"{recipe.output}/critiques.jsonl"
-    paths = [path if count == 1 else part_of(path, i, count) for i in range(count)]
-    mine, settings = singles[index::count], _settings(recipe)
+    paths = [part_of(path, dataclasses.replace(share, index=i)) for i in range(share.count)]
+    mine, settings = singles[share.index :: share.count], _settings(recipe)
     known = dataclasses.asdict(settings) | {"critic": recipe.critic, "template": template.sha256}
-    with open_writer(paths[index], mine, known, each=recipe.critiques) as writer:
+    with shared_writer(share, paths[share.index], mine, known, each=recipe.critiques) as writer:
         waiting = [one for one in mine if one.id not in writer.finished]
         logger.info("%d of %d responses to write critiques of", len(waiting), len(mine))
         for found in baselines.critiques(critic, waiting, template, settings):
             rows = [{"id": found.id, "sample": j, "text": one.text} for j, one in enumerate(found.judgments)]
             writer.write(found, rows)
-    if count > 1:
-        multihost_utils.sync_global_devices(path)  # every process reads the parts of all
+    hosts.sync(path)  # every process reads the parts of all
     written: dict[str, list[str]] = {}
     for part in paths:
         for line in epath.Path(part).read_text().splitlines():
@@ -187,6 +185,5 @@ def _train(
         run.metrics.held_out(done, dataclasses.asdict(result))
         run.seconds()
 
-    share = jax.process_index(), jax.process_count()
-    source = TextBatches(entries, recipe.seed, recipe.steps, recipe.batch, *share)
+    source = TextBatches(entries, recipe.seed, recipe.steps, recipe.batch)
     scalar.train(recipe, begun, source, objective, measure, template)

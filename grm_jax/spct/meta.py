@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from grm_jax import losses, meta_rm, prompts
@@ -41,8 +40,7 @@ def run(recipe: MetaConfig) -> None:
     limit = min(recipe.max_tokens, begun.policy.config.max_positions)
     entries = entries_of(train, begun.tokenizer, template, limit, recipe.balance)
     encoded = [ids for entry in entries_of(held_out, begun.tokenizer, template, limit) for ids in entry.encode()]
-    size, share = recipe.batch, (jax.process_index(), jax.process_count())
-    source = TextBatches(entries, recipe.seed, recipe.steps, size, *share)
+    source = TextBatches(entries, recipe.seed, recipe.steps, recipe.batch)
     scalar.train(recipe, begun, source, OBJECTIVE, functools.partial(_measure, held_out, encoded), name)
 
 

@@ -19,9 +19,8 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.experimental import multihost_utils
 
-from grm_jax import metrics, prompts
+from grm_jax import hosts, metrics, prompts
 from grm_jax.data import items as labelled
 from grm_jax.data.chat import Chat, encode_chat, read_chats
 from grm_jax.data.packing import Packed, Source, packed
@@ -29,6 +28,7 @@ from grm_jax.datatypes import Example, Message
 from grm_jax.log import logger
 from grm_jax.models import flops
 from grm_jax.recipes import RftConfig, SampleConfig
+from grm_jax.sharding import spans_processes
 from grm_jax.spct import reject, rft_step, runs, start
 from grm_jax.spct.runs import Run
 from grm_jax.spct.sample import Sample, read_samples, sample_part
@@ -103,11 +103,9 @@ def _sampled(recipe: RftConfig, found: labelled.ItemSet, begun: Start, hinted: b
     def name_of(item: Example) -> str:
         return labelled.template_of(item, found.scales, template)
 
-    sample_part(
-        config, found.train, name_of, jax.process_index(), jax.process_count(), lambda: begun.judge(begun.params)
-    )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(config.output)  # every process reads the parts of all
+    share = hosts.share(lockstep=spans_processes(begun.policy.mesh))
+    sample_part(config, found.train, name_of, share, lambda: begun.judge(begun.params))
+    hosts.sync(config.output)  # every process reads what is written
     return read_samples(config.output)
 
 

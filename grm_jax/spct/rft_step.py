@@ -19,8 +19,9 @@ from grm_jax import losses
 from grm_jax.data.packing import Packed
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import RftConfig
+from grm_jax.sharding import spread
 from grm_jax.train.forward import REMATS, of_packed
-from grm_jax.train.policy import Policy, State, compiled, moved, split, spread
+from grm_jax.train.policy import Policy, State, compiled, moved, split
 
 Step = Callable[[State, Params, Packed], tuple[State, dict[str, Float[Array, ""]]]]
 
@@ -55,5 +56,5 @@ def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransf
 
 
 def put(batch: Packed, policy: Policy) -> Packed:
-    """A batch of host arrays on the mesh, rows spread over its data axis."""
+    """A batch of host arrays on the mesh, rows spread over it."""
     return spread(batch, policy.mesh)

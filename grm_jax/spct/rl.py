@@ -30,6 +30,7 @@ from grm_jax.grm import vocabulary_bytes
 from grm_jax.log import logger
 from grm_jax.models import flops
 from grm_jax.recipes import RlConfig
+from grm_jax.sharding import rows_of
 from grm_jax.spct import reject, rl_step, runs, start
 from grm_jax.spct.rl_step import Report
 from grm_jax.spct.runs import Run
@@ -54,7 +55,7 @@ def run(recipe: RlConfig) -> None:
     check_split(recipe, begun)
     source = PromptBatches(
         *(train, template_of, begun.tokenizer, recipe.seed, recipe.steps, recipe.prompts_per_step),
-        *(recipe.max_prompt_tokens, jax.process_index(), jax.process_count()),
+        recipe.max_prompt_tokens,
     )
     optimizer = training.make_optimizer(recipe.optimizer, recipe.steps * recipe.updates_per_step)
     state = training.start(begun.params, optimizer, begun.policy.mesh)
@@ -87,11 +88,11 @@ def hard_enough(items: list[Example], samples: str | None) -> list[Example]:
 
 def check_split(recipe: RlConfig, begun: Start) -> None:
     """Raise ValueError unless every microbatch can be spread over the devices, and a rollout fits the model."""
-    devices = begun.policy.mesh.shape["data"]
-    if recipe.microbatch_prompts % devices:
+    parts = rows_of(begun.policy.mesh)
+    if recipe.microbatch_prompts % parts:
         raise ValueError(
-            f"microbatch_prompts = {recipe.microbatch_prompts} does not divide over {devices} devices: "
-            f"make it a multiple of {devices}, or set devices"
+            f"microbatch_prompts = {recipe.microbatch_prompts} does not divide over {parts} devices: "
+            f"make it a multiple of {parts}, or set devices or mesh"
         )
     longest = begun.policy.config.max_positions
     if recipe.max_prompt_tokens + recipe.max_new_tokens > longest:

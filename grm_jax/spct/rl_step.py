@@ -1,7 +1,8 @@
 """One step of rule-based RL (section 3.2) as ONE compiled program: rollouts, scores, rewards, gradients, update.
 
-1. `roll`: the policy's working copy prefills the shared head once and each prompt once, then decodes G samples of each
-   with the sampler's own loop (`sampler.rollout`); their log-probabilities are carried, one number a token.
+1. `roll`: the policy's working copy, laid out for decoding, prefills the shared head once and each prompt once, then
+   decodes G samples of each with the sampler's own loop (`sampler.rollout`); their log-probabilities are carried, one
+   number a token.
 2. The scores are read from the tokens on the device (`scores.read`), and rewarded: +1 right, -1 wrong, unparsable or
    unfinished (Eq. 10, Eq. 11); rewards become advantages within each prompt's group.
 3. Gradients are added up over microbatches of whole prompts. Token weights are made once from the whole batch, so any
@@ -31,7 +32,7 @@ from grm_jax.models.attention import Keys
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import RlConfig
 from grm_jax.sampler import Sampling, rollout
-from grm_jax.sharding import batch_sharding, replicated
+from grm_jax.sharding import place, replicated, spread
 from grm_jax.train.forward import REMATS, of_samples
 from grm_jax.train.policy import Policy, State, compiled, join, moved, split
 
@@ -230,7 +231,7 @@ def make_step(
 
     def step(state: State, frozen: Params, batch: Batch, key: Key[Array, ""]) -> tuple[State, Report]:
         key = jax.random.fold_in(key, state.step)
-        rollouts = roll(policy, policy.working(state.params, frozen), batch, key, recipe, sampling)
+        rollouts = roll(policy, policy.decoding(state.params, frozen), batch, key, recipe, sampling)
         judged = judge(rollouts, batch, recipe.group, table, reward)
         advantages = objective.advantage(judged.reward.reshape(-1, recipe.group))
         mask = losses.without_overlong(rollouts.mask, rollouts.ended) if objective.overlong else rollouts.mask
@@ -258,7 +259,6 @@ def make_step(
 
 
 def put(batch: Batch, policy: Policy) -> Batch:
-    """A batch of host arrays on the mesh: rows spread over its data axis, the shared head everywhere."""
-    spread, everywhere = batch_sharding(policy.mesh), replicated(policy.mesh)
-    place = {field.name: spread for field in dataclasses.fields(Batch)} | {"head": everywhere}
-    return Batch(**{name: jax.make_array_from_process_local_data(s, getattr(batch, name)) for name, s in place.items()})
+    """A batch of host arrays on the mesh: rows spread over it, the shared head everywhere."""
+    rows = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch) if field.name != "head"}
+    return Batch(place(batch.head, replicated(policy.mesh)), **spread(rows, policy.mesh))

@@ -23,21 +23,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grm_jax import meta_rm, prompts
+from grm_jax import hosts, meta_rm, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
-from grm_jax.data.jsonl import DataError, open_writer
+from grm_jax.data.jsonl import DataError
+from grm_jax.data.shares import shared_writer
 from grm_jax.datatypes import Example, Message, Verdict
 from grm_jax.grm import Grm, Guide, load
+from grm_jax.hosts import Share
 from grm_jax.log import logger
 from grm_jax.meta_rm import MetaRm
 from grm_jax.recipes import SampleConfig
 from grm_jax.rewards import is_correct, is_tie
+from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.measure import longest_of
 from grm_jax.weights.embedded import check_model
 
@@ -123,29 +125,33 @@ def run(config: SampleConfig) -> None:
     for model in (config.model, config.meta_rm):
         if model:
             check_model(model)
+    mesh = lay_out(config.mesh, config.devices)
+    share = hosts.share(lockstep=spans_processes(mesh))
     tallies = sample_part(
-        config, found.train, name_of, jax.process_index(), jax.process_count(),
-        functools.partial(load, config.model, config.dtype, config.devices),
-        functools.partial(meta_rm.load, config.meta_rm, config.dtype, config.devices) if config.meta_rm else None,
+        config, found.train, name_of, share,
+        functools.partial(load, config.model, config.dtype, mesh),
+        functools.partial(meta_rm.load, config.meta_rm, config.dtype, mesh) if config.meta_rm else None,
     )  # fmt: skip
-    if tallies:  # a process may have no items at all
+    if tallies and share.writes:  # a process may have no items at all
         show(tallies, Console(file=sys.stderr))
 
 
 def sample_part(
-    config: SampleConfig, items: Sequence[Example], name_of: Callable[[Example], str], index: int, count: int,
+    config: SampleConfig, items: Sequence[Example], name_of: Callable[[Example], str], share: Share,
     open_judge: Callable[[], Grm], open_guide: Callable[[], MetaRm] | None = None,
 ) -> dict[str, Counter[str]]:  # fmt: skip
-    """Write the samples of items[index::count], and return what `tally` counts of them by source.
+    """Write the samples of the share of the items, and return what `tally` counts of them by source.
 
     `open_judge` loads the model, `open_guide` a meta RM; neither is called when nothing is left to do. Raises DataError
     as `open_writer` does.
     """
-    mine = items[index::count]
-    path = config.output if count == 1 else part_of(config.output, index, count)
+    mine = items[share.index :: share.count]
+    path = part_of(config.output, share)
     settings = judge_settings(config)
     tallies: dict[str, Counter[str]] = {}
-    with open_writer(path, mine, _record(config, items, name_of), config.overwrite, each=config.votes) as writer:
+    with shared_writer(
+        share, path, mine, _record(config, items, name_of), config.overwrite, each=config.votes
+    ) as writer:
         waiting = [item for item in mine if item.id not in writer.finished]
         if writer.finished:
             logger.info("%d of %d items are in %s already", len(writer.finished), len(mine), path)
@@ -249,9 +255,9 @@ def _check_places(items: Iterable[Example], name_of: Callable[[Example], str], h
         raise ValueError("\n  ".join([f"{len(faults)} items do not fit their template:", *faults[:20]]))
 
 
-def part_of(path: str, index: int, count: int) -> str:
-    """Where process `index` of `count` writes its samples."""
-    return f"{path}-{index:05d}-of-{count:05d}"
+def part_of(path: str, share: Share) -> str:
+    """Where a share's samples are written: the file itself, or a part of it a process."""
+    return path if share.count == 1 else f"{path}-{share.index:05d}-of-{share.count:05d}"
 
 
 def read_samples(path: str) -> list[Sample]:
@@ -267,7 +273,8 @@ def read_samples(path: str) -> list[Sample]:
     found = [place.name] * (place.name in near) + parts
     if not found:
         raise DataError(f"no {path}, and no parts of it; write it with the command `sample --output {path}`")
-    if parts != [part_of(place.name, i, len(parts)) for i in range(len(parts))] or (parts and found != parts):
+    wanted = [part_of(place.name, Share(i, len(parts), False)) for i in range(len(parts))] if len(parts) > 1 else []
+    if parts != wanted or (parts and found != parts):
         shown = ", ".join(found[:8]) + " ..." * (len(found) > 8)
         raise DataError(f"{path}: found {shown}; samples are one file or all parts of one run: leave only those there")
     groups = [_by_id(_read(str(place.parent / name))) for name in found]

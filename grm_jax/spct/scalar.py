@@ -22,7 +22,7 @@ from grm_jax.data import items as labelled
 from grm_jax.models import flops
 from grm_jax.models.decoder import split_abstract
 from grm_jax.recipes import Lora, ScalarConfig
-from grm_jax.sharding import parameter_sharding
+from grm_jax.sharding import TRAINING, fetch, lay_out, parameter_sharding, rows_of
 from grm_jax.spct import runs, scalar_batches, scalar_step, start
 from grm_jax.spct.runs import Run
 from grm_jax.spct.scalar_batches import Ids, TextBatches
@@ -44,28 +44,29 @@ def begin(recipe: ScalarConfig) -> Start:
     """
     on_cpu = jax.default_backend() == "cpu"
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
+    mesh = lay_out(recipe.mesh, recipe.devices, everywhere=True)
     if recipe.model == start.FRESH:
-        found = start.fresh(recipe.fresh, recipe.seed, recipe.devices, jnp.dtype(jnp.float32))
+        found = start.fresh(recipe.fresh, recipe.seed, mesh, jnp.dtype(jnp.float32))
         model, tokenizer = found.model, found.tokenizer
     elif is_adapter_folder(recipe.model):
-        found = grm.load(recipe.model, "float32", recipe.devices)
+        found = grm.load(recipe.model, "float32", mesh, TRAINING)
         model, tokenizer = found.model, found.tokenizer
     else:
-        model, tokenizer = load_decoder(recipe.model, "float32", recipe.devices)
+        model, tokenizer = load_decoder(recipe.model, "float32", mesh, TRAINING)
     if tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer files: put tokenizer.json or tokenizer.model in its folder")
-    devices = model.mesh.shape["data"]
-    if recipe.microbatch % devices:
+    parts = rows_of(mesh)
+    if recipe.microbatch % parts:
         raise ValueError(
-            f"microbatch = {recipe.microbatch} does not divide over {devices} devices: make it a multiple of {devices}, or "
-            "set devices"
+            f"microbatch = {recipe.microbatch} does not divide over {parts} devices: make it a multiple of {parts}, or "
+            "set devices or mesh"
         )
     config = dataclasses.replace(model.config, scalar=True)
-    graph, shapes = split_abstract(config)
+    graph, shapes = split_abstract(config, mesh)
     params = {name: value for name, value in model.params.items() if name in shapes}
     if not model.config.scalar:
-        place = parameter_sharding(model.mesh, "score", *shapes["score"])
-        params["score"] = jax.device_put(jnp.zeros(shapes["score"][0], jnp.float32), place)
+        place = parameter_sharding(mesh, "score", *shapes["score"])
+        params["score"] = jnp.zeros(shapes["score"][0], jnp.float32, device=place)
     return Start(Policy(config, graph, model.mesh, Lora(), compute), params, {}, tokenizer, recipe.model)
 
 
@@ -109,19 +110,19 @@ def logits_of(begun: Start, params: dict[str, jax.Array], encoded: Sequence[Ids]
     compute: Callable[[dict, Texts], jax.Array] = jax.jit(functools.partial(scalar_step.logits_of, policy))
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
     found = np.zeros(len(encoded), np.float32)
-    size = _ROWS * policy.mesh.shape["data"]
+    size = _ROWS * rows_of(policy.mesh)
     for at in range(0, len(order), size):
         mine = order[at : at + size]
         rows = [encoded[i] for i in np.resize(mine, size)]
-        batch = scalar_batches.batch(rows, [False] * size, np.ones(size), slice(None))
-        found[mine] = np.asarray(compute(params, scalar_step.put(batch, policy)))[: len(mine)]
+        batch = scalar_batches.batch(rows, [False] * size, np.ones(size))
+        found[mine] = fetch(compute(params, scalar_step.put(batch, policy)), policy.mesh)[: len(mine)]
     return found
 
 
 def _write(run: Run, done: int, batch: Texts, scalars: dict[str, jax.Array]) -> None:
     """The metrics of a step that the device has finished or will have soon."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-    seconds, tokens = run.seconds(), int(batch.lengths.sum() + batch.counts.sum()) * jax.process_count()
+    seconds, tokens = run.seconds(), int(batch.lengths.sum() + batch.counts.sum())
     context = float(np.mean(batch.lengths + batch.counts)) / 2
     work = flops.model_flops(run.begun.policy.config, 0, tokens, context)
     run.metrics.write(done, values | metrics.speed(tokens, work, seconds))

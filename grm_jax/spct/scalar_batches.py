@@ -42,24 +42,15 @@ class Entry:
 class TextBatches:
     """`source[step]` is the batch of that step, of numpy arrays. Thread-safe; made for `batches.stream`."""
 
-    def __init__(
-        self, entries: Sequence[Entry], seed: int, steps: int, size: int, process_index: int = 0, process_count: int = 1
-    ) -> None:
-        """`size` entries a batch, over all processes; each gets its own consecutive share of them.
-
-        Raises ValueError: no entries, a size that the processes cannot share.
-        """
+    def __init__(self, entries: Sequence[Entry], seed: int, steps: int, size: int) -> None:
+        """`size` entries a batch. Raises ValueError for no entries."""
         if not entries:
             raise ValueError("nothing to make batches of: give more examples, or hold out fewer")
-        if size % process_count:
-            raise ValueError(f"batches of {size} for {process_count} processes: give a multiple of these")
         self.entries, self.steps, self.size = list(entries), steps, size
         self._lengths = np.array(
             [math.ceil(2 * math.log2(max(entry.characters, 1))) for entry in entries]
         )  # half octaves
         self._seed = seed
-        share = size // process_count * len(entries[0].correct)
-        self._share = slice(process_index * share, (process_index + 1) * share)
         self._plan = functools.lru_cache(maxsize=2)(self._plan_of)
 
     def __len__(self) -> int:
@@ -77,7 +68,7 @@ class TextBatches:
         chosen = [self.entries[i] for i in self._plan(epoch)[at]]
         weights = np.array([entry.weight for entry in chosen for _ in entry.correct])
         rows = [ids for entry in chosen for ids in entry.encode()]
-        return batch(rows, [right for entry in chosen for right in entry.correct], weights, self._share)
+        return batch(rows, [right for entry in chosen for right in entry.correct], weights)
 
     def _plan_of(self, epoch: int) -> np.ndarray:
         """An epoch's batches: the entries of each, [batches, size]."""
@@ -92,13 +83,12 @@ class TextBatches:
         return rng.permutation(np.concatenate(sorted_).reshape(-1, self.size))
 
 
-def batch(rows: Sequence[Ids], correct: Sequence[bool], weights: np.ndarray, share: slice) -> Texts:
-    """A padded batch of encoded texts, weights summing to 1 over all rows, and of them the `share`."""
+def batch(rows: Sequence[Ids], correct: Sequence[bool], weights: np.ndarray) -> Texts:
+    """A padded batch of encoded texts, weights summing to 1 over all rows."""
     S, T = (power_of_two(max(len(row[part]) for row in rows), LEAST_TOKENS) for part in (0, 1))
     prompts_RS, texts_RT = np.zeros((len(rows), S), np.int32), np.zeros((len(rows), T), np.int32)
     for r, (ids, text) in enumerate(rows):
         prompts_RS[r, : len(ids)], texts_RT[r, : len(text)] = ids, text
     lengths, counts = (np.array([len(row[part]) for row in rows], np.int32) for part in (0, 1))
     normal = (weights / weights.sum()).astype(np.float32)
-    whole = (prompts_RS, lengths, texts_RT, counts, np.array(correct, np.float32), normal)
-    return Texts(*(x[share] for x in whole))
+    return Texts(prompts_RS, lengths, texts_RT, counts, np.array(correct, np.float32), normal)

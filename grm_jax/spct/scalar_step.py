@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import ScalarConfig
+from grm_jax.sharding import spread
 from grm_jax.train.forward import REMATS, scalars_of
-from grm_jax.train.policy import Policy, State, compiled, moved, split, spread
+from grm_jax.train.policy import Policy, State, compiled, moved, split
 
 
 @jax.tree_util.register_dataclass
@@ -93,5 +94,5 @@ def make_step(
 
 
 def put(batch: Texts, policy: Policy) -> Texts:
-    """A batch of host arrays on the mesh, rows spread over its data axis."""
+    """A batch of host arrays on the mesh, rows spread over it."""
     return spread(batch, policy.mesh)

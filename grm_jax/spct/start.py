@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from grm_jax import grm as judges
@@ -19,7 +20,7 @@ from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.decoder import Model, Params, random_params, split_abstract
 from grm_jax.recipes import Fresh, RftConfig, RlConfig
-from grm_jax.sharding import make_mesh, parameter_sharding
+from grm_jax.sharding import TRAINING, lay_out, parameter_sharding, place
 from grm_jax.tokenizer import ByteTokenizer, Tokenizer
 from grm_jax.train.policy import Policy, State
 from grm_jax.weights.adapters import save_adapters
@@ -42,7 +43,7 @@ class Start:
     def judge(self, params: Params) -> Grm:
         """A judge over these weights, in the compute dtype."""
         p = self.policy
-        return Grm(Model(p.config, p.graph, p.working(params, self.frozen), p.mesh), self.tokenizer, self.model)
+        return Grm(Model(p.config, p.graph, p.decoding(params, self.frozen), p.mesh), self.tokenizer, self.model)
 
 
 def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
@@ -53,34 +54,31 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
     on_cpu = jax.default_backend() == "cpu"
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
     stored = compute if recipe.lora.rank else jnp.dtype(jnp.float32)
+    mesh = lay_out(recipe.mesh, recipe.devices, everywhere=True)
     if recipe.model == FRESH:
-        found = fresh(recipe.fresh, recipe.seed, recipe.devices, stored)
+        found = fresh(recipe.fresh, recipe.seed, mesh, stored)
     else:
-        found = judges.load(recipe.model, str(stored), recipe.devices)
+        found = judges.load(recipe.model, str(stored), mesh, TRAINING)
     tokenizer, model = found.need_tokenizer(), found.model
     policy = Policy(model.config, model.graph, model.mesh, recipe.lora, compute)
     if recipe.lora.rank:
         _, shapes = split_abstract(model.config)
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), 1)
         places = lora.axes(shapes, recipe.lora)
-        adapters = {
-            name: jax.device_put(value, parameter_sharding(model.mesh, name, *places[name]))
-            for name, value in lora.init(shapes, recipe.lora, key).items()
-        }
+        laid = {name: parameter_sharding(mesh, name, *places[name]) for name in places}
+        adapters = jax.jit(lambda: lora.init(shapes, recipe.lora, key), out_shardings=laid)()
         return Start(policy, adapters, model.params, tokenizer, recipe.model)
     # A copy even where the dtype is the same: a step donates the masters.
     frozen = {name: jnp.array(value, compute, copy=True) for name, value in model.params.items()} if reference else {}
     return Start(policy, model.params, frozen, tokenizer, recipe.model)
 
 
-def fresh(numbers: Fresh, seed: int, devices: int | None, dtype: jnp.dtype) -> Grm:
-    """A random decoder over bytes."""
+def fresh(numbers: Fresh, seed: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Grm:
+    """A random decoder over bytes, laid out for training."""
     config = fresh_config(numbers)
-    on_cpu = jax.default_backend() == "cpu"
-    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
-    graph, shapes = split_abstract(config)
+    graph, shapes = split_abstract(config, mesh)
     params = {
-        name: jax.device_put(value, parameter_sharding(mesh, name, *shapes[name]))
+        name: place(np.asarray(value), parameter_sharding(mesh, name, *shapes[name]))
         for name, value in random_params(config, seed, dtype).items()
     }
     return Grm(Model(config, graph, params, mesh), ByteTokenizer(), FRESH)

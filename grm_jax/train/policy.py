@@ -2,7 +2,8 @@
 
 1. All weights: `State.params` are float32 masters; `frozen` is the reference policy's copy, where a KL needs one.
 2. LoRA: `State.params` are the adapters; `frozen` is the base, which is the reference policy too: no second copy.
-3. `working` is the copy in the compute dtype that samples and is differentiated: a cast, or base plus adapters.
+3. `working` is the copy in the compute dtype that is differentiated: a cast, or base plus adapters. `decoding` is that
+   copy laid out for sampling: a decoding loop would gather weights that `fsdp` splits once a token.
 
 A step donates the state and leaves `frozen` alone, so checkpoints hold what changes and nothing else.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,9 @@ from jaxtyping import Array, Int
 
 from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Params
+from grm_jax.models.decoder import Params, split_abstract
 from grm_jax.recipes import Lora, Optimizer
-from grm_jax.sharding import batch_sharding, replicated
-
-Batch = TypeVar("Batch")
+from grm_jax.sharding import DECODING, parameter_sharding, replicated
 
 # By default XLA orders a program for the CPU by how much of it can run side by side: what `remat` computes again is then
 # computed early and held, and saves nothing (docs/LOG.md).
@@ -57,6 +56,14 @@ class Policy:
         if self.lora.rank:
             return lora.merge(frozen, params, self.lora)
         return cast(params, self.dtype)
+
+    def decoding(self, params: Params, frozen: Params) -> Params:
+        """The weights that sample, in the compute dtype, whole along the mesh's `fsdp` axis; inside or outside of jit."""
+        if self.mesh.size == 1:
+            return self.working(params, frozen)
+        _, shapes = split_abstract(self.config, self.mesh)
+        places = {name: parameter_sharding(self.mesh, name, *shapes[name], DECODING) for name in shapes}
+        return jax.jit(self.working, out_shardings=places)(params, frozen)
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
@@ -100,23 +107,25 @@ def make_optimizer(config: Optimizer, updates: int) -> optax.GradientTransformat
 def start(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
     """The state before the first step: moments lie as their parameters do, counters everywhere."""
     everywhere = replicated(mesh)
-    moments = optax.tree_map_params(
+    places = optax.tree_map_params(
         optimizer,
-        lambda moment, param: jax.device_put(moment, param.sharding),
-        optimizer.init(params),
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda count: jax.device_put(count, everywhere),
+        transform_non_params=lambda _: everywhere,
     )
-    return State(params, moments, jax.device_put(jnp.int32(0), everywhere))
+    moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    return State(params, moments, jnp.zeros((), jnp.int32, device=everywhere))
 
 
 def compiled(step: Callable[..., Any], state: State) -> Callable[..., Any]:
-    """The program of a step (state, ...) -> (state, report), the state donated and lying as it lay.
+    """The program of a step (state, ...) -> (state, report), the state donated and lying as it lay, the report everywhere.
 
     Left to itself the compiler may return another layout, and the next call would compile the program again for it.
     """
     options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    places = jax.tree.map(lambda x: x.sharding, state), None
+    everywhere = replicated(next(iter(state.params.values())).sharding.mesh)
+    places = jax.tree.map(lambda x: x.sharding, state), everywhere
     return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
 
@@ -126,12 +135,6 @@ def moved(
     """Parameters and optimizer state after one update, and the gradients' global norm before clipping."""
     updates, after = optimizer.update(grads, state.optimizer, state.params)
     return optax.apply_updates(state.params, updates), after, optax.tree.norm(grads)
-
-
-def spread(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """A pytree of host arrays on the mesh, rows spread over its data axis."""
-    place = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
 
 
 def split(x: Array, parts: int, group: int = 1) -> Array:

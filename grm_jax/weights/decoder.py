@@ -8,23 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from grm_jax import tokenizer as tokenizers
-from grm_jax.config import Dtype
+from grm_jax.config import Dtype, MeshSizes
 from grm_jax.models.decoder import Model, split_abstract
-from grm_jax.sharding import make_mesh, parameter_sharding
+from grm_jax.sharding import DECODING, Rules, lay_out, parameter_sharding
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
 
 
-def load_decoder(model: str, dtype: Dtype | None, devices: int | None) -> tuple[Model, tokenizers.Tokenizer | None]:
-    """A decoder by an embedded model's name, a Hugging Face folder or a .gguf file, and its tokenizer where it has one."""
+def load_decoder(
+    model: str, dtype: Dtype | None, mesh: jax.sharding.Mesh | None = None, rules: Rules = DECODING
+) -> tuple[Model, tokenizers.Tokenizer | None]:
+    """A decoder by an embedded model's name, a Hugging Face folder or a .gguf file, and its tokenizer where it has one.
+
+    mesh: by default `lay_out`'s. rules: which of the layouts of parameters, for decoding or for training.
+    """
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    mesh = make_mesh(data=(1 if on_cpu else jax.local_device_count()) if devices is None else devices)
+    mesh = mesh or lay_out(MeshSizes())
     path = find_embedded(model) if model in EMBEDDED else model
     config = read_config(path)
-    graph, shapes = split_abstract(config)
+    graph, shapes = split_abstract(config, mesh)
     targets = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes, rules))
         for name, (shape, axes) in shapes.items()
     }
     return Model(config, graph, load_params(path, targets), mesh), tokenizer_of(path)

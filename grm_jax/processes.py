@@ -1,0 +1,79 @@
+"""Whether a command runs as one of several processes, and which one: from its flags, or from what started it.
+
+1. `--coordinator HOST:PORT --processes N --process I` before the command, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+   and JAX_PROCESS_ID in the environment, name everything;
+2. SLURM, Open MPI, and machines with TPUs (TPU VMs, GKE) know it themselves, and JAX asks them;
+3. else the command runs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+FLAGS = {
+    "--coordinator": "JAX_COORDINATOR_ADDRESS",
+    "--processes": "JAX_NUM_PROCESSES",
+    "--process": "JAX_PROCESS_ID",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """One of several processes; no coordinator: JAX asks the cluster for all three."""
+
+    coordinator: str | None = None  # host:port of process 0, as every process reaches it
+    processes: int | None = None
+    process: int | None = None
+
+
+def wanted(argv: Sequence[str], env: Mapping[str, str], root: Path = Path("/")) -> tuple[Wanted | None, list[str]]:
+    """Which process this is, None where it runs alone, and the arguments without the flags that said so.
+
+    Raises ValueError for a part of the flags alone, and for a process that is not one of them.
+    """
+    rest, given = list(argv), {name: env[name] for name in FLAGS.values() if env.get(name)}
+    while rest and (flag := rest[0].partition("="))[0] in FLAGS:
+        if not flag[1] and len(rest) < 2:
+            raise ValueError(f"{flag[0]} has no value: give one, such as {_EXAMPLE}")
+        given[FLAGS[flag[0]]] = flag[2] if flag[1] else rest[1]
+        del rest[: 1 if flag[1] else 2]
+    if given:
+        return _named(given), rest
+    return (Wanted() if managed(env, root) else None), rest
+
+
+_EXAMPLE = "--coordinator 10.0.0.2:1234 --processes 4 --process 0"
+
+
+def _named(given: Mapping[str, str]) -> Wanted:
+    missing = [flag for flag, name in FLAGS.items() if name not in given]
+    if missing:
+        raise ValueError(
+            f"of several processes {' and '.join(missing)} are not given: give all three, such as {_EXAMPLE}"
+        )
+    coordinator, processes, process = (given[name] for name in FLAGS.values())
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator = {coordinator!r}: it has to be host:port of process 0, such as 10.0.0.2:1234")
+    if not processes.isdigit() or not process.isdigit() or not int(process) < int(processes):
+        raise ValueError(f"process = {process} of processes = {processes}: they are whole numbers and count from 0")
+    return Wanted(coordinator, int(processes), int(process))
+
+
+def managed(env: Mapping[str, str], root: Path = Path("/")) -> bool:
+    """Whether a cluster started this process and says so: SLURM, Open MPI, or a machine with TPUs.
+
+    A TPU's own runtime is asked even for one host, as it alone knows how many there are. Where JAX_PLATFORMS leaves
+    TPUs out, they are none of the run's business.
+    """
+    if int(env.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in env:
+        return True
+    if int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        return True
+    if "tpu" not in (env.get("JAX_PLATFORMS") or "tpu"):
+        return False
+    chips = any((root / "dev").glob("accel[0-9]*")) or any((root / "dev/vfio").glob("[0-9]*"))
+    return chips and find_spec("libtpu") is not None
