@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,15 @@ def stored_types(folder: epath.PathLike) -> set[str]:
 
 def _saved(folder: epath.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array."""
-    found = _read(folder, lambda reader, place: reader.metadata(place).item_metadata.tree)
+    found = _read(folder, _listed)
     return {name: (tuple(array.shape), jnp.dtype(array.dtype).name) for name, array in found.items()}
+
+
+def _listed(reader: ocp.StandardCheckpointer, place: epath.Path) -> Mapping[str, Any]:
+    told = reader.metadata(place).item_metadata
+    if told is None:  # Orbax has said why in the log
+        raise ValueError("its list of arrays cannot be read")
+    return told.tree
 
 
 def _read(folder: epath.PathLike, read: Callable[..., Value], arrays: Collection[jax.ShapeDtypeStruct] = ()) -> Value:
