@@ -95,7 +95,7 @@ def test_families(tmp_path: Path, family: str) -> None:
 def test_a_scalar_head(tmp_path: Path) -> None:
     out, ids = converted(GOLDENS / "gemma2_classifier", tmp_path / "out"), ids_of(96)
     found, _ = in_transformers(out, ids, scalar=True)
-    model, _ = load_decoder(str(out), "float32", make_mesh())
+    model, _ = load_decoder(str(out), "float32")
     rows = [(row[:5].tolist(), row[5:].tolist()) for row in ids]
     assert abs(found[0, 0] - found[1, 0]) > 0.1
     np.testing.assert_allclose(scalar_rm.scalars(model, rows), found[:, 0], rtol=0, atol=1e-4)
