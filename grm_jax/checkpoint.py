@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
-import re
 import signal
-import sys
 import threading
-import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -41,18 +37,13 @@ from orbax.checkpoint import args
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from grm_jax import recipes
+from grm_jax.damage import Fault, attempt
 from grm_jax.log import logger
 
 # Fields of a recipe that may differ when a run goes on: none of them changes what is learned.
 FREE = ("checkpoints", "profile", "log_samples_every", "devices", "mesh", "output")
-# What reading a damaged step raises once its record fits the run's state: seen by cutting, emptying and deleting each
-# file and folder of a step, and by flipping bytes of each. The last two come from Orbax reading its JSON with names
-# spoiled. A read of an array fails with a bare Exception whose cause is one of these.
-_DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, AttributeError, AssertionError)
-# Tensorstore's errors are ValueErrors that begin with a status; these tell of the storage, not of the step.
-_STORAGE = re.compile(
-    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
-)
+RECIPE, STEPS = "recipe.json", "checkpoints"  # in a run's folder
+STATE, RUN = "state", "run"  # in a step's
 Value = TypeVar("Value")
 
 
@@ -62,7 +53,7 @@ def claim(folder: str, recipe: object) -> None:
     Fields in FREE may differ, and the steps of a constant schedule; the file then holds the new ones. Raises ValueError
     for another recipe, naming the fields, and for a file that holds none.
     """
-    place, text = _path(folder) / "recipe.json", recipes.as_json(recipe)
+    place, text = _path(folder) / RECIPE, recipes.as_json(recipe)
     if place.exists():
         saved = place.read_text()
         try:
@@ -90,9 +81,9 @@ class Saver:
     @classmethod
     def open(cls, folder: str, settings: recipes.Checkpoints, recipe_json: str) -> Saver:
         """The checkpoints of the run in `folder`, local or gs://; parts of a step whose writing was cut off are removed."""
-        place = _path(folder) / "checkpoints"
+        place = _path(folder) / STEPS
         if jax.process_index() == 0 and place.exists():
-            for part in sorted(part for part in place.iterdir() if _unfinished(part)):
+            for part in sorted(part for part in place.iterdir() if unfinished(part)):
                 logger.warning("%s: the run ended while this was written; removed", part)
         kept: list[keep.PreservationPolicy] = [keep.LatestN(settings.keep_last)]
         if settings.keep_every is not None:
@@ -147,7 +138,7 @@ class Saver:
         reader = self._reader()
         for step in sorted(self.manager.all_steps(), reverse=True):
             found = self._read(reader, step, leaves)
-            if not isinstance(found, _Fault):
+            if not isinstance(found, Fault):
                 restored, data = found
                 return step, jax.tree.unflatten(jax.tree.structure(target), [restored[name] for name in leaves]), data
             self._put_aside(step, found.reason)
@@ -180,9 +171,9 @@ class Saver:
 
     def _read(
         self, reader: ocp.CheckpointManager, step: int, leaves: Mapping[str, Any]
-    ) -> tuple[dict[str, Array], dict[str, Any]] | _Fault:
-        record = _agreed(_attempt(lambda: self._record(reader, step)))
-        if isinstance(record, _Fault):
+    ) -> tuple[dict[str, Array], dict[str, Any]] | Fault:
+        record = _agreed(attempt(lambda: self._record(reader, step)))
+        if isinstance(record, Fault):
             return record
         saved = {name: tuple(kind) for name, (*kind, _) in record["arrays"].items()}
         wanted = {name: _kind(leaf) for name, leaf in leaves.items()}
@@ -196,19 +187,16 @@ class Saver:
             )
 
         wish = args.Composite(state=args.StandardRestore(dict(leaves)))
-        found = _agreed(_attempt(lambda: reader.restore(step, args=wish).state))
-        if isinstance(found, _Fault):
+        found = _agreed(attempt(lambda: reader.restore(step, args=wish).state))
+        if isinstance(found, Fault):
             return found
         for name, value in jax.device_get({name: digest(found[name]) for name in leaves}).items():
             if int(value) != record["arrays"][name][-1]:
-                return _Fault(f"the values of {name} are not those that were saved")
+                return Fault(f"the values of {name} are not those that were saved")
         return found, record["data"]
 
     def _record(self, reader: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-        record = dict(reader.restore(step, args=args.Composite(run=args.JsonRestore())).run)
-        if record.pop("crc32", None) != _crc32(record):
-            raise ValueError(f"{self.folder}/{step}/run is not what was saved")
-        return record
+        return checked(reader.restore(step, args=args.Composite(run=args.JsonRestore())).run, f"{self.folder}/{step}")
 
     def _put_aside(self, step: int, reason: str) -> None:
         if jax.process_index() == 0:
@@ -221,6 +209,14 @@ class Saver:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self.manager.reload()
+
+
+def checked(found: Mapping[str, Any], step: str) -> dict[str, Any]:
+    """What a step's `run` holds: "data", "recipe", and "arrays" with shape, dtype and digest of each. Raises ValueError."""
+    record = dict(found)
+    if record.pop("crc32", None) != _crc32(record):
+        raise ValueError(f"{step}/{RUN} is not what was saved")
+    return record
 
 
 class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
@@ -278,60 +274,12 @@ def digest(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fault:
-    """Why a step does not restore."""
-
-    reason: str
-
-
-def _attempt(read: Callable[[], Value]) -> Value | _Fault:
-    """What `read` gives, or why the step is damaged; errors that do not mean damage are raised."""
-    before = sys.unraisablehook
-    sys.unraisablehook = before if isinstance(before, _AbandonedReadsUnsaid) else _AbandonedReadsUnsaid(before)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        found = _caught(read)
-        if isinstance(found, _Fault):
-            gc.collect()  # the other reads, now; some end later, in Tensorstore's threads, so the hook stays
-        else:
-            sys.unraisablehook = before
-    return found
-
-
-def _caught(read: Callable[[], Value]) -> Value | _Fault:
-    try:
-        return read()
-    except Exception as error:
-        cause = error.__cause__ if type(error) is Exception else error  # Orbax wraps what Tensorstore says
-        if not isinstance(cause, _DAMAGE) or _STORAGE.match(str(cause)):
-            raise
-        reason = " ".join(str(cause).split())
-        return _Fault(f"{type(cause).__name__}: {reason if len(reason) <= 300 else f'{reason[:296]} ...'}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _AbandonedReadsUnsaid:
-    """When a read fails, Orbax leaves the step's other reads, and Python would print a page about each as it ends.
-
-    Some have not even begun: where warnings are errors, what Python warns of such a coroutine comes here too.
-    """
-
-    otherwise: Callable[[Any], object]
-
-    def __call__(self, ignored: Any) -> None:
-        said = str(ignored.exc_value)
-        begun = "while reading array index" in said or said == "Event loop is closed"
-        if not begun and not said.endswith("was never awaited"):
-            self.otherwise(ignored)
-
-
-def _agreed(found: Value | _Fault) -> Value | _Fault:
+def _agreed(found: Value | Fault) -> Value | Fault:
     """A step is whole only when it is for all processes."""
     if jax.process_count() == 1:
         return found
-    whole = multihost_utils.process_allgather(np.asarray(not isinstance(found, _Fault))).all()
-    return found if whole or isinstance(found, _Fault) else _Fault("another process cannot read its part")
+    whole = multihost_utils.process_allgather(np.asarray(not isinstance(found, Fault))).all()
+    return found if whole or isinstance(found, Fault) else Fault("another process cannot read its part")
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -355,7 +303,7 @@ def _crc32(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _unfinished(place: Any) -> bool:
+def unfinished(place: Any) -> bool:
     """Whether Orbax was writing this folder: it renames those on disk at the end, and marks those in a bucket."""
     bucket = "://" in str(place) and place.name.isdecimal()
     return ".orbax-checkpoint-tmp" in place.name or (bucket and not (place / "commit_success.txt").exists())

@@ -243,6 +243,39 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Write a model in another format; adapters are merged into their base."""
+
+    model: str
+    """an embedded model's name, a Hugging Face folder, a .gguf file, a folder of LoRA adapters, a folder that `convert`
+    wrote, or a training run's folder or one step of its checkpoints; local or gs://"""
+    output: str
+    """the folder to write, local or gs://"""
+    to: Literal["hf", "orbax"] = "hf"
+    """hf: safetensors, as transformers loads them; orbax: an Orbax checkpoint of the weights alone. Both with config.json
+    and tokenizer beside them, for --model"""
+    dtype: Dtype | None = None
+    """of the weights; by default what the model is stored in (float32 for quantised or mixed weights), and a run's
+    compute_dtype, or float32"""
+    adapters: str | None = None
+    """a folder of LoRA adapters to merge into the model, whichever base it names"""
+    step: int | None = None
+    """of a training run; by default its last one"""
+    base: str | None = None
+    """the model that a training run was started from, where it is not where its recipe says"""
+    shard_gb: float = 5.0
+    """the most that a safetensors file may have, in 10^9 bytes"""
+    overwrite: bool = False
+    """write over what is in the output"""
+
+    def __post_init__(self) -> None:
+        if not self.shard_gb > 0:
+            raise ValueError(f"shard_gb = {self.shard_gb}: it has to be above 0")
+        if self.step is not None and self.step < 0:
+            raise ValueError(f"step = {self.step}: it has to be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """Time prefill and decode on random prompts, against what this machine can do."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, processes, recipes
-from grm_jax.config import BenchConfig, CompareConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
+from grm_jax.config import BenchConfig, CompareConfig, ConvertConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
 
 
 def score(args: Sequence[str]) -> None:
@@ -62,6 +62,14 @@ def compare(args: Sequence[str]) -> None:
     """lay reports of one benchmark side by side"""
     config = parse(CompareConfig, args, "grm_jax.main compare")
     from grm_jax.evals.compare import run
+
+    run(config)
+
+
+def convert(args: Sequence[str]) -> None:
+    """write a model, adapters or a training run's step in another format"""
+    config = parse(ConvertConfig, args, "grm_jax.main convert")
+    from grm_jax.convert import run
 
     run(config)
 
@@ -126,6 +134,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bradley_terry": bradley_terry,
     "pair_rm": pair_rm,
     "cloud": cloud,
+    "convert": convert,
     "bench": bench,
 }
 
@@ -153,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     log.to_stderr()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+    if argv[0] == "convert":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # it needs no accelerator, and a run may hold this machine's
     try:
         wanted, argv = processes.wanted(argv, os.environ)
     except ValueError as error:
@@ -163,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if wanted is None or set(argv) & {"-h", "--help"}:
         return _run(argv)
+    if argv[0] == "convert":
+        print("error: convert is one process, which writes everything: start it once, without others", file=sys.stderr)
+        return 2
     return _run_as_one_of_several(wanted, argv)
 
 

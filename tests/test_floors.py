@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "grm_jax"
 # A file or folder of grm_jax stands on one floor; its imports go to lower ones, strictly. Inside one folder files may
 # import each other, without cycles. "__init__" is grm_jax itself: the Python API, which loads `grm` when it is asked for.
 FLOORS = (
-    {"config", "datatypes", "gguf_file", "log", "neutral", "processes", "vocab"},
+    {"config", "damage", "datatypes", "gguf_file", "log", "neutral", "processes", "vocab"},
     {
         "buckets",
         "dealing",
@@ -32,12 +32,12 @@ FLOORS = (
     },
     {"data", "models", "reading", "verdicts"},
     {"checkpoint", "metrics", "sampler", "train", "weights"},
-    {"grm", "scalar_rm"},
+    {"grm", "scalar_rm", "steps"},
     {"meta_rm"},
     {"baselines"},
     {"__init__"},
     {"bench", "score", "spct"},
-    {"evals"},
+    {"convert", "evals"},
     {"main"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -235,6 +235,17 @@ def test_an_interrupted_run_ends_like_one_that_was_not(trained, tmp_path, monkey
     assert (trained / model).read_bytes() == (tmp_path / model).read_bytes()
 
 
+def test_a_checkpoint_converts_to_the_model_that_the_run_wrote(trained, tmp_path):
+    """Its scalar head and its template too, though it was begun from a decoder without a head."""
+    assert main(["convert", "--model", str(trained / "run"), "--output", str(tmp_path / "new")]) == 0
+    found, written = (
+        {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in (tmp_path / "new", trained / "run/model")
+    )
+    assert found == written
+    assert "template.txt" in found
+
+
 def test_score_and_sample_take_a_meta_rm(trained, tmp_path):
     """A judge of random weights, its scores forced; every judgment has its logit, half of them are kept."""
     long = tiny_model(dataclasses.replace(LLAMA, max_positions=8192))

@@ -47,7 +47,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert said["Version"] == PROJECT["version"] == grm_jax.__version__
     assert (said["License-Expression"], said["License-File"]) == ("Apache-2.0", "LICENSE")
     assert said["Requires-Python"] == ">=3.11"
-    assert set(said.get_all("Provides-Extra")) == {"cuda", "dev", "tpu"}
+    assert set(said.get_all("Provides-Extra")) == {"browser", "cuda", "dev", "tpu"}
 
 
 def test_no_accelerator_is_pulled_in_by_default() -> None:

@@ -385,6 +385,19 @@ def last_weights(recipe: RlConfig | RftConfig, reference: bool) -> tuple[start.S
     return begun, state.params
 
 
+def assert_converts(output: str) -> None:
+    """The last checkpoint, converted, is the model that the run wrote, and an earlier one is not."""
+    folder = Path(output)
+    for name, more in (("last", []), ("early", ["--step", "2"])):
+        assert main(["convert", "--model", output, "--output", str(folder / name), *more]) == 0
+    written, last, early = (
+        {file.name: file.read_bytes() for file in (folder / name).iterdir()} for name in ("model", "last", "early")
+    )
+    assert last == written
+    assert early.keys() == written.keys()
+    assert early["model.safetensors"] != written["model.safetensors"]
+
+
 TOKENS = np.random.default_rng(0).integers(3, 259, (2, 40))
 
 
@@ -401,6 +414,7 @@ def test_fine_tuning_keeps_right_trajectories_and_saves_what_it_learned(tuned, b
     np.testing.assert_array_equal(saved.logits(TOKENS), begun.judge(params).logits(TOKENS))
     assert not np.array_equal(saved.logits(TOKENS), grm_jax.load(base, dtype="float32").logits(TOKENS))
     assert saved.tokenizer.encode("a\\boxed{1}") == ByteTokenizer().encode("a\\boxed{1}")
+    assert_converts(tuned.output)
 
 
 def test_nothing_kept_is_an_error_with_a_way_out(place, base):
@@ -452,6 +466,7 @@ def test_adapters_are_trained_beside_a_base_that_stays(place, base):
     np.testing.assert_array_equal(grm_jax.load(str(folder / "model"), dtype="float32").logits(TOKENS), last)
     np.testing.assert_array_equal(grm_jax.load(str(folder / "adapters"), dtype="float32").logits(TOKENS), last)
     assert not np.array_equal(grm_jax.load(base, dtype="float32").logits(TOKENS), last)
+    assert_converts(recipe.output)
 
 
 def test_measurements_hold_verdicts_against_labels(whole, place):

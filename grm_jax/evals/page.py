@@ -126,13 +126,12 @@ def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
         return 52 + across * 330, 216 - (y - low) / (high - low) * 190
 
     parts = [f'<figure><svg viewBox="0 0 400 {256 + 16 * len(lines)}" role="img" aria-label="total against {what}">']
-    for i in range(5):
-        y = low + (high - low) * i / 4
+    for y in _round_between(low, high):
         _, at = place(xs[0], y)
         parts.append(
             f'<line x1="52" x2="382" y1="{at:.1f}" y2="{at:.1f}" stroke="currentColor" stroke-opacity="0.12"/>'
         )
-        parts.append(f'<text x="46" y="{at + 4:.1f}" text-anchor="end">{100 * y:.1f}</text>')
+        parts.append(f'<text x="46" y="{at + 4:.1f}" text-anchor="end">{round(100 * y, 3):g}</text>')
     for x in sorted(set(xs)):
         at, _ = place(x, low)
         parts.append(f'<text x="{at:.1f}" y="232" text-anchor="middle">{x:.0f}</text>')
@@ -146,3 +145,10 @@ def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
         parts.append(f'<rect x="52" y="{y - 9}" width="10" height="10" fill="{color}"/>')
         parts.append(f'<text x="68" y="{y}">{escape(name)}, %</text>')
     return "".join([*parts, "</svg></figure>"])
+
+
+def _round_between(low: float, high: float) -> list[float]:
+    """Three to eight multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(part * power for part in (1, 2, 5) if part * power <= (high - low) / 3)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -75,9 +75,18 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
 
 def fresh(numbers: Fresh, seed: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Grm:
     """A random decoder over bytes, laid out for training."""
-    tokenizer = ByteTokenizer()
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
+    config = fresh_config(numbers)
+    graph, shapes = split_abstract(config, mesh)
+    params = {
+        name: place(np.asarray(value), parameter_sharding(mesh, name, *shapes[name]))
+        for name, value in random_params(config, seed, dtype).items()
+    }
+    return Grm(Model(config, graph, params, mesh), ByteTokenizer(), FRESH)
+
+
+def fresh_config(numbers: Fresh) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=ByteTokenizer().vocab_size,
         dim=numbers.dim,
         layers=numbers.layers,
         heads=numbers.heads,
@@ -91,12 +100,6 @@ def fresh(numbers: Fresh, seed: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
         tied=False,
         windows=(None,) * numbers.layers,
     )
-    graph, shapes = split_abstract(config, mesh)
-    params = {
-        name: place(np.asarray(value), parameter_sharding(mesh, name, *shapes[name]))
-        for name, value in random_params(config, seed, dtype).items()
-    }
-    return Grm(Model(config, graph, params, mesh), tokenizer, FRESH)
 
 
 def save(start: Start, state: State, output: str) -> None:

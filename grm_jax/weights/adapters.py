@@ -112,13 +112,19 @@ def load_adapters(folder: epath.PathLike) -> tuple[str, Lora, dict[str, jax.Arra
     that nothing uses, one that is missing, or a shape that is not the base's.
     """
     folder = epath.Path(folder).expanduser()
+    base = _base(folder, _read_config(folder))
+    return base, *adapters_for(folder, read_config(checkpoint_of(folder)), base)
+
+
+def adapters_for(folder: epath.PathLike, config: DecoderConfig, base: str) -> tuple[Lora, dict[str, jax.Array]]:
+    """`load_adapters` for a base of this config and name, whichever base the folder names."""
+    folder = epath.Path(folder).expanduser()
     given = _read_config(folder)
-    base, rank = _base(folder, given), int(given["r"])
+    rank = int(given["r"])
     alpha = given["lora_alpha"] * (rank**0.5 if given.get("use_rslora") else 1)
-    modules = _modules(read_config(checkpoint_of(folder)))
     slots = {
         f"{_PREFIX}{module}.lora_{side.upper()}.weight": f"{parameter}.lora_{side}"
-        for parameter, module in modules.items()
+        for parameter, module in _modules(config).items()
         for side in "ab"
     }
     stored = _read_tensors(folder)
@@ -133,7 +139,7 @@ def load_adapters(folder: epath.PathLike) -> tuple[str, Lora, dict[str, jax.Arra
         if value.shape[0 if name.endswith("lora_a") else -1] != rank:
             raise ValueError(f"{folder}: {name} has shape {value.shape}, but its config says r = {rank}")
     kinds = {name.split(".")[-2] for name in adapters}
-    return base, Lora(rank, float(alpha), tuple(kind for kind in _KINDS if kind in kinds)), adapters
+    return Lora(rank, float(alpha), tuple(kind for kind in _KINDS if kind in kinds)), adapters
 
 
 def merge_into(params: dict[str, jax.Array], adapters: Mapping[str, jax.Array], lora: Lora) -> dict[str, jax.Array]:

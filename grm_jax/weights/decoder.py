@@ -32,10 +32,10 @@ def load_decoder(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes, rules))
         for name, (shape, axes) in shapes.items()
     }
-    return Model(config, graph, load_params(path, targets), mesh), _tokenizer(path)
+    return Model(config, graph, load_params(path, targets), mesh), tokenizer_of(path)
 
 
-def _tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
+def tokenizer_of(path: str | Path) -> tokenizers.Tokenizer | None:
     """The checkpoint's tokenizer, or None for a folder that has none."""
     if str(path).endswith(".gguf"):
         return tokenizers.from_gguf(path)

@@ -26,6 +26,7 @@ from grm_jax.models.config import DecoderConfig
 from grm_jax.weights import names
 from grm_jax.weights.placement import local_file, place
 
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 _OUTPUT = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -55,6 +56,15 @@ def load(path: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) -> d
             slot.parameter: _load_tensor(tensors[name], slot, targets[slot.parameter])
             for name, slot in table.slots.items()
         }
+
+
+def stored_types(path: epath.PathLike) -> set[str]:
+    """The dtypes of the tensors; those that are quantised by GGUF's name."""
+    with local_file(epath.Path(path)) as file:
+        found = {
+            tensor.tensor_type.name for tensor in open_gguf(file, str(path)).tensors if tensor.name != _ROPE_FACTORS
+        }
+    return {_FLOATS.get(kind, kind) for kind in found}
 
 
 def _config(reader: gguf.GGUFReader, source: str) -> DecoderConfig:

@@ -30,7 +30,7 @@ from grm_jax.weights.placement import SLAB_BYTES, local_file, place
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_config(folder: epath.PathLike) -> DecoderConfig:
@@ -73,6 +73,21 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
                 "to use both, or remove the one that was not trained"
             )
     return params
+
+
+def stored_types(folder: epath.PathLike) -> set[str]:
+    """The dtypes of the tensors that fill parameters, from the files' headers alone; of no floats, safetensors' names."""
+    folder, found = epath.Path(folder), set()
+    slots = names.hugging_face(read_config(folder)).slots
+    for name in _listed(folder):
+        with (folder / name).open("rb") as file:
+            text = file.read(int.from_bytes(file.read(8), "little"))
+        try:
+            header = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is no complete safetensors file: {error}; fetch it again") from error
+        found |= {tensor["dtype"] for key, tensor in header.items() if key in slots}
+    return {_FLOATS.get(kind, kind) for kind in found}
 
 
 def _listed(folder: epath.Path) -> dict[str, set[str] | None]:

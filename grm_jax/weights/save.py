@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder, which `grm_jax.load` and transformers read.
+"""A model as a Hugging Face folder, which `grm_jax.load` and transformers read, or with its weights as Orbax writes them.
 
 What happens in `save_hf`:
 1. the config is written as JSON in memory: the source folder's own with another dtype, or `families.to_hf`'s, and
@@ -8,7 +8,8 @@ What happens in `save_hf`:
 4. the tokenizer's files are copied from the source folder, or written from the tokenizer itself;
 5. config.json comes last: a folder that has one is complete.
 
-All processes call it together; process 0 writes.
+In `save_orbax` 3. is an Orbax checkpoint in the folder `params`. All processes call either together; process 0 writes,
+but for Orbax, where each writes its part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ from grm_jax.log import logger
 from grm_jax.models import families
 from grm_jax.models.config import DecoderConfig
 from grm_jax.tokenizer import Tokenizer
-from grm_jax.weights import names
+from grm_jax.weights import names, orbax
 from grm_jax.weights.adapters import checkpoint_of
 from grm_jax.weights.write import CODES, Tensor, is_remote, write_json, write_safetensors, writing
 
@@ -49,38 +51,70 @@ def save_hf(
     tokenizer: Tokenizer | None,
     source: epath.PathLike | None,
     dtype: jnp.dtype | str,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write a model to `folder`, local or gs://, which may hold an older one.
 
     params: by path, as `split_abstract(config)` lists them. source: the checkpoint that the model came from: a Hugging
     Face folder or one of adapters, whose config and tokenizer files are kept, a .gguf file, or None. dtype: of the files.
+    shard_bytes: the most that a file of weights may have; by default SHARD_BYTES.
     Raises ValueError: parameters that are not the config's, a config or dtype that no such file can have, a folder that
     is the source itself.
     """
     folder, dtype = epath.Path(folder).expanduser(), jnp.dtype(dtype)
+    shards = _shards(_tensors(config, params), dtype, shard_bytes or SHARD_BYTES)
+    with _written(folder, config, tokenizer, source, dtype):
+        weight_map = {}
+        for index, tensors in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder, name, tensors, dtype)
+            weight_map |= dict.fromkeys(tensors, name)
+        if len(shards) > 1 and jax.process_index() == 0:
+            size = sum(math.prod(shape) for tensors in shards for _, shape in tensors.values()) * dtype.itemsize
+            write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def save_orbax(
+    folder: epath.PathLike,
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array],
+    tokenizer: Tokenizer | None,
+    source: epath.PathLike | None,
+    dtype: jnp.dtype | str,
+) -> None:
+    """`save_hf`, but the weights are an Orbax checkpoint in `folder`/params, which `load_params` reads."""
+    folder, dtype = epath.Path(folder).expanduser(), jnp.dtype(dtype)
+    _tensors(config, params)
+    with _written(folder, config, tokenizer, source, dtype):
+        orbax.write(folder, params, dtype)
+
+
+@contextmanager
+def _written(
+    folder: epath.Path,
+    config: DecoderConfig,
+    tokenizer: Tokenizer | None,
+    source: epath.PathLike | None,
+    dtype: jnp.dtype,
+) -> Iterator[None]:
+    """Checks before and an empty place for weights; tokenizer and config.json behind them, if they were written."""
     if dtype.name not in CODES:
         raise ValueError(f"dtype = {dtype.name}: weights are saved as {', '.join(CODES)}")
     origin = _folder_of(source)
-    if origin is not None and _same(origin, folder):
+    if origin is not None and same_place(origin, folder):
         raise ValueError(f"{folder} is the model that is being trained from: give another output")
     described = _describe(config, tokenizer, origin, dtype)
-    shards = _shards(_tensors(config, params), dtype)
-    first = jax.process_index() == 0
+    first, several = jax.process_index() == 0, jax.process_count() > 1
     if first:
-        _clear(folder)
-    weight_map = {}
-    for index, tensors in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder, name, tensors, dtype)
-        weight_map |= dict.fromkeys(tensors, name)
+        clear(folder)
+    if several:
+        multihost_utils.sync_global_devices(f"cleared {folder}")  # Orbax writes from all
+    yield
     if first:
-        if len(shards) > 1:
-            size = sum(math.prod(shape) for tensors in shards for _, shape in tensors.values()) * dtype.itemsize
-            write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         _write_tokenizer(folder, config, tokenizer, origin)
         write_json(folder, _CONFIG, described)
         logger.info("saved the model as %s in %s", dtype.name, folder)
-    if jax.process_count() > 1:
+    if several:
         multihost_utils.sync_global_devices(f"saved {folder}")  # no process reads what process 0 is still writing
 
 
@@ -92,7 +126,7 @@ def _folder_of(source: epath.PathLike | None) -> epath.Path | None:
     return None if found.suffix == ".gguf" else found
 
 
-def _same(one: epath.Path, other: epath.Path) -> bool:
+def same_place(one: epath.Path, other: epath.Path) -> bool:
     if is_remote(one) or is_remote(other):
         return str(one).rstrip("/") == str(other).rstrip("/")
     return os.path.realpath(one) == os.path.realpath(other)
@@ -136,27 +170,31 @@ def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str
     return {name: (params[parameter], shape) for parameter, (name, shape) in wanted.items()}
 
 
-def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, Tensor]]:
-    """The tensors in order, cut into files of at most SHARD_BYTES; a larger tensor is a file of its own."""
+def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype, most: int) -> list[dict[str, Tensor]]:
+    """The tensors in order, cut into files of at most so many bytes; a larger tensor is a file of its own."""
     shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
+    room = most
     for name, tensor in tensors.items():
         size = math.prod(tensor[1]) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append({})
-            room = SHARD_BYTES
+            room = most
         shards[-1][name] = tensor
         room -= size
     return shards
 
 
-def _clear(folder: epath.Path) -> None:
-    """Make the folder, without the files of an older model."""
+def clear(folder: epath.Path) -> None:
+    """Make the folder, without the files of an older model, whole or not."""
     old = list(folder.iterdir()) if folder.exists() else []
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(old, key=lambda file: file.name != _CONFIG):
-        if file.name in (_CONFIG, *TOKENIZER_FILES) or _WEIGHTS.fullmatch(file.name):
+        name = file.name.removeprefix(".").removesuffix(".writing")  # what a killed process was writing
+        if name in (_CONFIG, *TOKENIZER_FILES) or _WEIGHTS.fullmatch(name):
             file.unlink()
+    for place in old:
+        if orbax.is_checkpoint(place):
+            place.rmtree()
 
 
 def _write_tokenizer(
