@@ -112,8 +112,8 @@ class Saver:
                 raise ValueError(f"{name} of the state is a {type(leaf).__name__}: a checkpoint holds jax.Arrays alone")
             if not leaf.size:
                 raise ValueError(f"{name} of the state has no elements, {leaf.shape}: leave it out of what is saved")
-        digests = jax.device_get({name: digest(leaf) for name, leaf in leaves.items()})
-        arrays = {name: [*_kind(leaf), int(digests[name])] for name, leaf in leaves.items()}
+        found = digests(leaves)
+        arrays = {name: [*_kind(leaf), found[name]] for name, leaf in leaves.items()}
         record = json.loads(json.dumps({"data": dict(data), "recipe": self.recipe, "arrays": arrays}))
         run = record | {"crc32": _crc32(record)}
         self.manager.save(
@@ -190,8 +190,8 @@ class Saver:
         found = _agreed(attempt(lambda: reader.restore(step, args=wish).state))
         if isinstance(found, Fault):
             return found
-        for name, value in jax.device_get({name: digest(found[name]) for name in leaves}).items():
-            if int(value) != record["arrays"][name][-1]:
+        for name, value in digests({name: found[name] for name in leaves}).items():
+            if value != record["arrays"][name][-1]:
                 return Fault(f"the values of {name} are not those that were saved")
         return found, record["data"]
 
@@ -251,6 +251,14 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
         if number == signal.SIGINT and self._twice:
             raise KeyboardInterrupt
         self._asked, self._twice = True, self._twice or number == signal.SIGINT
+
+
+def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """The digest of each array; all processes that hold a part of one have to ask together."""
+    if jax.process_count() == 1:
+        return {name: int(value) for name, value in jax.device_get({n: digest(x) for n, x in arrays.items()}).items()}
+    # One at a time: several programs under way at once may meet each other's collectives in another order elsewhere.
+    return {name: int(digest(x)) for name, x in arrays.items()}
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from grm_jax import hosts, meta_rm, prompts
-from grm_jax.checkpoint import digest
+from grm_jax.checkpoint import digests
 from grm_jax.config import EvalConfig, JudgeSettings
 from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
@@ -32,7 +32,7 @@ from grm_jax.datatypes import Example
 from grm_jax.evals import measure, page, report, table
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
-from grm_jax.sharding import fetch, lay_out, spans_processes
+from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.sample import Sample, part_of, read_samples, row_of, samples_of
 from grm_jax.weights.embedded import check_model
 
@@ -197,8 +197,8 @@ def _record(
 
 def weights_digest(grm: Grm) -> str:
     """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""
-    found = fetch({name: digest(value) for name, value in grm.model.params.items()}, grm.model.mesh)
-    said = json.dumps({name: int(found[name]) for name in sorted(found)})
+    found = digests(grm.model.params)
+    said = json.dumps({name: found[name] for name in sorted(found)})
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
