@@ -4,8 +4,8 @@
 2. Every process runs the same program. A mesh over all processes is used in lockstep: they judge and train on the same
    rows, and process 0 writes. With a mesh a process, each judges a share of the rows and writes its own part (`Share`).
 3. `agree` gives all what process 0 found; `sync` waits for all.
-4. When a process is lost, the others stop with what to do (`LOST`): the same command goes on at the newest checkpoint,
-   on as many processes and devices as there then are.
+4. When a process is lost, the others stop with `processes.LOST`: the same command goes on at the newest checkpoint, on as
+   many processes and devices as there then are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 
 from grm_jax.processes import Wanted
 
-LOST = 75  # exit code: try again (EX_TEMPFAIL of sysexits.h)
 HEARTBEAT_SECONDS = 60  # without a sign of life after which a process counts as lost
 
 
@@ -72,12 +71,3 @@ def sync(what: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
-
-
-def lost(error: Exception) -> str:
-    """What to say when the devices or another process fail a run of several processes."""
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} stops: another process was lost, or a device failed "
-        f"({first}). Start the same command again on the processes that there are: it goes on at its newest checkpoint"
-    )

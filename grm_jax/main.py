@@ -1,7 +1,8 @@
 """The command line: `python -m grm_jax.main COMMAND ...`, one function a command.
 
 Bad input and bad settings end with one line on standard error and exit code 2; `--help` loads nothing heavy. Where the
-command runs as several processes, it joins them first, and one that fails leaves at once: the others then stop too.
+command runs as several processes, each is watched by a small one of its own (`processes.watched`), which says what to do
+when JAX's runtime aborts because another was lost.
 """
 
 from __future__ import annotations
@@ -199,6 +200,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int:
     """A process that fails does not wait for the others, who may wait for it: it leaves, and they find it gone."""
+    if (code := processes.watched()) is not None:
+        return code
     import jax
 
     from grm_jax import hosts
@@ -208,8 +211,8 @@ def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int
     try:
         code = _run(argv)
     except jax.errors.JaxRuntimeError as error:
-        print(f"error: {hosts.lost(error)}", file=sys.stderr)
-        code = hosts.LOST
+        print(f"error: {processes.lost(str(error))}", file=sys.stderr)
+        code = processes.LOST
     except Exception:
         traceback.print_exc()
         code = 1

@@ -4,14 +4,24 @@
    and JAX_PROCESS_ID in the environment, name everything;
 2. SLURM, Open MPI, and machines with TPUs (TPU VMs, GKE) know it themselves, and JAX asks them;
 3. else the command runs alone.
+
+JAX's runtime aborts a process, with a stack trace, when another one has been gone for a while: `watched` stands by and
+says what to do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+LOST = 75  # exit code: try again (EX_TEMPFAIL of sysexits.h)
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 FLAGS = {
     "--coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -77,3 +87,34 @@ def managed(env: Mapping[str, str], root: Path = Path("/")) -> bool:
         return False
     chips = any((root / "dev").glob("accel[0-9]*")) or any((root / "dev/vfio").glob("[0-9]*"))
     return chips and find_spec("libtpu") is not None
+
+
+def watched() -> int | None:
+    """Go on in a child process, where it returns None; the parent returns the child's exit code when it has ended.
+
+    An abort (SIGABRT) becomes LOST, with what to do on standard error. SIGTERM is passed on, a terminal's SIGINT reaches
+    both, and a killed parent takes the child with it. Call it before there are threads.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        return None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGABRT:
+        print(f"error: {lost('its runtime said so above')}", file=sys.stderr)
+        return LOST
+    return 128 - code if code < 0 else code
+
+
+def lost(reason: str) -> str:
+    """What to say when another process, or a device, fails a run of several processes."""
+    first = (reason.strip().splitlines() or ["no reason given"])[0][:300]
+    return (
+        f"another process of this run was lost, or a device failed ({first}). Start the same command again on the "
+        "processes that there are: it goes on at its newest checkpoint"
+    )

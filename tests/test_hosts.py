@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grm_jax import hosts
-from grm_jax.processes import Wanted, managed, wanted
+from grm_jax.processes import LOST, Wanted, managed, wanted
 
 TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
 CONFIG = """
@@ -39,8 +38,9 @@ RL = (
 
 def write_inputs(folder, kind, numbers, model="fresh"):
     folder.mkdir()
-    item = {"messages": [{"role": "user", "content": "which?"}], "scores": [1.0, 0.0]}
-    rows = [item | {"id": f"i{i}", "responses": [f"{i} yes", f"{i} no"]} for i in range(9)]
+    item = {"scores": [1.0, 0.0]}
+    asked = [[{"role": "user", "content": f"which of {i}?"}] for i in range(9)]
+    rows = [item | {"messages": asked[i], "id": f"i{i}", "responses": [f"{i} yes", f"{i} no"]} for i in range(9)]
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chats = [
         [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * 5}] for i in range(40)
@@ -137,10 +137,10 @@ def test_samples_and_verdicts_are_shared_among_processes(tmp_path, alone):
     for processes in (1, 2):
         folder = tmp_path / f"judged-{processes}"
         write_inputs(folder, "SampleConfig", "")
-        recipe = "from grm_jax.recipes import SampleConfig\n\n\ndef config():\n    return SampleConfig()\n"
+        recipe = "from grm_jax.recipes import Items, SampleConfig\n\n\ndef config():\n"
+        recipe += "    return SampleConfig(items=Items(files=('items.jsonl',)), output='run/s.jsonl')\n"
         (folder / "config.py").write_text(recipe)
-        more = ("--items.files", "items.jsonl", "--output", "run/s.jsonl")
-        finish(folder, launch(folder, "sample", processes, 1, *how, *more))
+        finish(folder, launch(folder, "sample", processes, 1, *how))
         lines[processes] = sorted(
             line for part in (folder / "run").glob("s.jsonl*") if "run.json" not in part.name
             for line in part.read_text().splitlines()
@@ -158,8 +158,8 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path, alone)
     while not any((folder / "run/checkpoints").glob("[4-9]")) and time.monotonic() < until:
         time.sleep(0.2)
     started[1].send_signal(signal.SIGKILL)
-    assert started[0].wait(timeout=200) == hosts.LOST, said(folder, 2, 0)[-2000:]
-    assert "process 0 of 2 stops: another process was lost" in said(folder, 2, 0)
+    assert started[0].wait(timeout=200) == LOST, said(folder, 2, 0)[-2000:]
+    assert "another process of this run was lost" in said(folder, 2, 0)
     assert "Start the same command again" in said(folder, 2, 0)
     write_config = CONFIG.format(kind="RftConfig", numbers=RFT.format(steps=400), template=TEMPLATE, model="fresh")
     (folder / "config.py").write_text(write_config)
