@@ -11,7 +11,7 @@ A step donates the state and leaves `frozen` alone, so checkpoints hold what cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,16 +106,20 @@ def make_optimizer(config: Optimizer, updates: int) -> optax.GradientTransformat
 
 def start(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
     """The state before the first step: moments lie as their parameters do, counters everywhere."""
-    everywhere = replicated(mesh)
-    places = optax.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
+    places = jax.tree.map(lambda x: x.sharding, abstract(params, optimizer, mesh).optimizer)
     moments = jax.jit(optimizer.init, out_shardings=places)(params)
-    return State(params, moments, jnp.zeros((), jnp.int32, device=everywhere))
+    return State(params, moments, jnp.zeros((), jnp.int32, device=replicated(mesh)))
+
+
+def abstract(params: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+    """The shapes of a state and where its arrays lie, from those of its parameters; nothing is allocated."""
+    everywhere = replicated(mesh)
+    moments = jax.eval_shape(optimizer.init, dict(params))
+    places = optax.tree_map_params(
+        optimizer, lambda _, param: param.sharding, moments, dict(params), transform_non_params=lambda _: everywhere
+    )
+    laid = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), moments, places)
+    return State(dict(params), laid, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
 
 
 def compiled(step: Callable[..., Any], state: State) -> Callable[..., Any]:
@@ -123,8 +127,9 @@ def compiled(step: Callable[..., Any], state: State) -> Callable[..., Any]:
 
     Left to itself the compiler may return another layout, and the next call would compile the program again for it.
     """
-    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    everywhere = replicated(next(iter(state.params.values())).sharding.mesh)
+    mesh = next(iter(state.params.values())).sharding.mesh
+    options = _CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+    everywhere = replicated(mesh)
     places = jax.tree.map(lambda x: x.sharding, state), everywhere
     return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
