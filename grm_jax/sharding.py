@@ -1,6 +1,7 @@
 """One mesh, and a table from the parameters' logical axes to its axes.
 
-`data` splits the batch, `fsdp` splits parameters over their model width, `tensor` splits heads, MLP and vocabulary.
+`data` splits the batch, `fsdp` splits parameters over their model width, `tensor` splits heads, MLP and vocabulary,
+`expert` splits a mixture's experts.
 Programs are plain `jax.jit`: arrays carry `NamedSharding`s, and the compiler places the collectives.
 """
 
@@ -12,27 +13,30 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "expert": "expert",
     "embed": "fsdp",
     "head": None,
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of data x fsdp x tensor devices, the first ones of `devices` (default: this process's).
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1
+) -> Mesh:
+    """A mesh of data x fsdp x tensor x expert devices, the first ones of `devices` (default: this process's).
 
     Raises ValueError when a size is not positive or there are fewer devices than the mesh wants.
     """
     devices = list(jax.local_devices() if devices is None else devices)
-    sizes = (data, fsdp, tensor)
+    sizes = (data, fsdp, tensor, expert)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         raise ValueError(
-            f"a mesh of data x fsdp x tensor = {data} x {fsdp} x {tensor} does not fit {len(devices)} devices: "
+            f"a mesh of {' x '.join(AXES)} = {' x '.join(map(str, sizes))} does not fit {len(devices)} devices: "
             f"each size is at least 1 and their product at most {len(devices)}"
         )
     return jax.make_mesh(

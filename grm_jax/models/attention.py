@@ -5,7 +5,8 @@
 3. `attend` computes each part's share of the softmax and adds the shares up, so no part is copied to stand by another.
 4. `pieces` says in which pieces of queries that is done, so that scores stay small and later keys are left out.
 
-Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head, V value (H but in `latent`).
+Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head, V
+value (as H, but in `latent`).
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _PIECE, _PIECES = 128, 4  # queries whose scores are computed at once, unless th
 class Keys:
     """Keys and values that queries may see, an array a layer.
 
-    k, v: [..., K, S, H], k rotated, v empty where values are read from k (`latent`); positions: int32 [..., S], -1 where
-    nothing is stored. The leading axes say who may see them: () every query, (P,) the queries of a row, or, with P a divisor of B, those of B / P neighbouring rows, which
-    are samples of one prompt; (R,) one query alone. A part that every query may see is full (no -1) and stands before
-    all of them, so only a window masks it.
+    k, v: [..., K, S, H], k rotated, no v where values are read from k (`latent`); positions: int32 [..., S], -1 where
+    nothing is stored. The leading axes say who may see them: () every query, (P,) the queries of a row, or, with P a
+    divisor of B, those of B / P neighbouring rows, which are samples of one prompt; (R,) one query alone. A part that
+    every query may see is full (no -1) and stands before all of them, so only a window masks it.
     """
 
     k: tuple[jax.Array, ...]
@@ -130,9 +131,9 @@ def attend(
 ) -> Float[Array, "B T K Q V"]:
     """Attention over several parts with one softmax. Scores are not kept for the backward pass, but computed again.
 
-    parts: (owner, k [..., K, S, H], v [..., K, S, V], seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S] where a
-    part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all (padding)
-    gets zeros.
+    parts: (owner, k [..., K, S, H], v [..., K, S, V], seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S]
+    where a part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all
+    (padding) gets zeros.
     """
     owners = [owner for owner, *_ in parts]
     return jax.checkpoint(partial(_attend, owners, softcap))(q, [arrays for _, *arrays in parts])

@@ -51,7 +51,9 @@ class Experts:
     shared_dim: int = 0  # of the expert that every token goes to; 0: there is none
     dense_layers: int = 0  # the first layers, which keep an MLP of the config's `mlp_dim`
     sigmoid: bool = False  # affinities are sigmoids of the router's logits, not their softmax over the routed experts
-    bias: bool = False  # a number an expert is added to its affinity where experts are chosen, not where they are weighed
+    bias: bool = (
+        False  # a number an expert is added to its affinity where experts are chosen, not where they are weighed
+    )
     groups: int = 1  # experts lie in groups of equal size; a token's experts come from the `groups_kept` best groups
     groups_kept: int = 1
     group_top: int = 1  # a group is as good as the sum of its so many best affinities

@@ -17,7 +17,8 @@ decoding step is up to 1.6 times as fast on CPU as activations times weights, an
 Shapes: B rows, T new tokens, R = B * T, S cached tokens, D model, N query heads, K key heads, Q = N / K, H head, F MLP,
 V vocabulary. Arithmetic: weights and caches keep their dtype, products accumulate in float32; the residual stream, norms
 and softmax are float32.
-Sources: Llama 3 (arXiv 2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388), Gemma 2 (2408.00118).
+Sources: Llama 3 (arXiv 2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388), Gemma 2 (2408.00118), DeepSeek-V2
+(2405.04434) and V3 (2412.19437).
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grm_jax.models.attention import Keys, Owner, attend, pieces, softcapped, visible
+from grm_jax.models.attention import NOWHERE, Keys, Owner, attend, pieces, softcapped, visible
 from grm_jax.models.config import DecoderConfig, Yarn
 from grm_jax.models.latent import LatentAttention
 from grm_jax.models.layers import Attention, Mlp, linear, param, rms_norm, vector
+from grm_jax.models.mixture import Mixture
 from grm_jax.models.rope import rope_frequencies
 
 Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
@@ -43,7 +45,7 @@ Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree tha
 Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["parts", "own", "clock"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["parts", "own", "clock", "loads"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """What was computed before.
@@ -51,23 +53,27 @@ class Cache:
     parts: read only, shared by all (leading axes ()) or by a row ((B,)).
     own: None, or each query's own suffix (leading axis B * T), whose slot `clock` this call's tokens are written to;
     queries then do not see each other: a row is a prompt, and its T queries are T samples of it.
+    loads: of the call that gave the cache, how many of its tokens each expert got, [layers with experts, E]; padding
+    does not count. None for a model without experts.
     """
 
     parts: tuple[Keys, ...] = ()
     own: Keys | None = None
     clock: jax.Array | int = 0
+    loads: jax.Array | None = None
 
 
 class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> None:
         self.config = config
         weight = 1.0 - config.norm_offset
         self.norm_attention = vector(weight, (config.dim,), ("embed",))
         self.attention = (LatentAttention if config.latent else Attention)(config, rngs)
         self.norm_mlp = vector(weight, (config.dim,), ("embed",))
-        self.mlp = Mlp(config, config.mlp_dim, rngs)
+        self.mixes = config.mixes(layer)
+        self.mlp = Mixture(config, rngs) if self.mixes else Mlp(config, config.mlp_dim, rngs)
         if config.post_norms:
             self.norm_attention_post = vector(weight, (config.dim,), ("embed",))
             self.norm_mlp_post = vector(weight, (config.dim,), ("embed",))
@@ -79,9 +85,11 @@ class Block(nnx.Module):
         y = self.attention.output(mixed)
         return x_DR + (self._norm(y, self.norm_attention_post) if self.config.post_norms else y)
 
-    def add_mlp(self, x_DR: jax.Array) -> jax.Array:
-        y = self.mlp(self._norm(x_DR, self.norm_mlp))
-        return x_DR + (self._norm(y, self.norm_mlp_post) if self.config.post_norms else y)
+    def add_mlp(self, x_DR: jax.Array, positions: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array | None]:
+        """The residual stream behind the MLP; and, of a mixture, how many tokens each expert got."""
+        y = self._norm(x_DR, self.norm_mlp)
+        y, load = self.mlp(y, positions.reshape(-1) > NOWHERE) if self.mixes else (self.mlp(y), None)
+        return x_DR + (self._norm(y, self.norm_mlp_post) if self.config.post_norms else y), load
 
     def project(self, x_DR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         return self.attention.project(self._norm(x_DR, self.norm_attention), angles)
@@ -93,7 +101,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embed = param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Block(config, layer, rngs) for layer in range(config.layers)])
         self.norm = vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
         if config.scalar:
             self.score = vector(0.0, (1, config.dim), (None, "embed"))
@@ -129,7 +137,7 @@ class Decoder(nnx.Module):
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
         spans = pieces(shape[1]) if cache.own is None else [slice(None)]
         seen = {w: [visible(positions, owners, keys, segments, w, span) for span in spans] for w in set(config.windows)}
-        stored = []
+        stored, loads = [], []
         for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
 
             def layer(x: jax.Array, i: int = i, block: Block = block, window: int | None = window):
@@ -149,15 +157,17 @@ class Decoder(nnx.Module):
                     mixed.append(attend(q.reshape(*shape, *q.shape[1:])[:, piece], parts, config.attention_softcap))
                 mix = jnp.concatenate(mixed, axis=1)
                 mix = form.mixed(mix.reshape(-1, *mix.shape[2:]))
-                return block.add_mlp(block.add_attention(x, mix)), new
+                return *block.add_mlp(block.add_attention(x, mix), positions), new
 
-            x, new = (layer if remat is None else remat(layer))(x)
+            x, load, new = (layer if remat is None else remat(layer))(x)
             stored.append(new)
+            loads += [] if load is None else [load]
         new = Keys.of_layers(stored, new_positions)
         hidden = rms_norm(x, self.norm[...], config.norm_eps, config.norm_offset).T.reshape(*shape, -1)
+        load = jnp.stack(loads) if loads else None
         if cache.own is None:
-            return hidden, dataclasses.replace(cache, parts=(*cache.parts, new))
-        return hidden, dataclasses.replace(cache, own=new, clock=cache.clock + 1)
+            return hidden, Cache((*cache.parts, new), loads=load)
+        return hidden, Cache(cache.parts, new, cache.clock + 1, load)
 
     def _angles(self, positions: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines of each token's rotary angles: [H/2, R]."""

@@ -30,7 +30,7 @@ from grm_jax.weights import names
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import read_config
 from grm_jax.weights.placement import local_file
-from grm_jax.weights.write import is_remote, write_json, write_safetensors
+from grm_jax.weights.write import Tensor, is_remote, write_json, write_safetensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -81,7 +81,9 @@ def save_adapters(
         for parameter in targets
         for side in "ab"
     }
-    write_safetensors(folder, _WEIGHTS, {name: (value, value.shape) for name, value in tensors.items()}, jnp.float32)
+    write_safetensors(
+        folder, _WEIGHTS, {name: Tensor(value, value.shape) for name, value in tensors.items()}, jnp.float32
+    )
     if jax.process_index() == 0:
         write_json(folder, _CONFIG, _describe(lora, sorted({modules[p].rpartition(".")[2] for p in targets}), base))
 

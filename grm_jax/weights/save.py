@@ -75,7 +75,7 @@ def save_hf(
         weight_map |= dict.fromkeys(tensors, name)
     if first:
         if len(shards) > 1:
-            size = sum(math.prod(shape) for tensors in shards for _, shape in tensors.values()) * dtype.itemsize
+            size = sum(math.prod(shape) for tensors in shards for _, shape, _ in tensors.values()) * dtype.itemsize
             write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         _write_tokenizer(folder, config, tokenizer, origin)
         write_json(folder, _CONFIG, described)
@@ -122,18 +122,17 @@ def _eos(tokenizer: Tokenizer) -> int | list[int] | None:
 
 
 def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Tensor]:
-    """Every parameter under its name in the file, in the file's shape."""
-    table = names.hugging_face(config)
-    wanted = {slot.parameter: (name, slot.shape) for name, slot in table.slots.items()}
-    if wanted.keys() != params.keys():
-        missing, extra = sorted(wanted.keys() - params.keys()), sorted(params.keys() - wanted.keys())
+    """Every parameter under its name in the file, in the file's shape; an expert's matrices under their own names."""
+    slots = names.hugging_face(config).slots
+    wanted = {slot.parameter for slot in slots.values()}
+    if wanted != params.keys():
+        missing, extra = sorted(wanted - params.keys()), sorted(params.keys() - wanted)
         raise ValueError(f"the config's parameters {missing[:5]} are missing, {extra[:5]} are not among them")
-    for parameter, (_, shape) in wanted.items():
-        if params[parameter].size != math.prod(shape):
-            raise ValueError(
-                f"{parameter} has shape {params[parameter].shape}, the config asks for {shape} in the file"
-            )
-    return {name: (params[parameter], shape) for parameter, (name, shape) in wanted.items()}
+    for slot in slots.values():
+        shape = params[slot.parameter].shape
+        if math.prod(shape if slot.row is None else shape[1:]) != math.prod(slot.shape):
+            raise ValueError(f"{slot.parameter} has shape {shape}, the config asks for {slot.shape} in the file")
+    return {name: Tensor(params[slot.parameter], slot.shape, slot.row) for name, slot in slots.items()}
 
 
 def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, Tensor]]:
@@ -141,7 +140,7 @@ def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, T
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for name, tensor in tensors.items():
-        size = math.prod(tensor[1]) * dtype.itemsize
+        size = math.prod(tensor.shape) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
