@@ -59,7 +59,7 @@ _LATENT = (
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "yarn",
-            "rope_theta": 100.0,  # so that of four pairs one is kept, one divided, and two are blended
+            "rope_theta": 100.0,  # so that of four pairs one is kept, one blended, and two are divided
             "factor": 4.0,
             "original_max_position_embeddings": 32,
             "beta_fast": 4,
@@ -116,7 +116,7 @@ FAMILIES = {
     },
     # V2-Lite's shape: queries from the residual stream, experts chosen among all, YaRN with DeepSeek's two scales.
     "deepseek_v2": _LATENT
-    | {"q_lora_rank": None, "n_group": None, "topk_group": None, "topk_method": "greedy", "n_shared_experts": 2}
+    | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "n_shared_experts": 2}
     | {"dtype": "bfloat16"},
     # V2's: queries from a latent, groups chosen by their best expert, weights scaled.
     "deepseek_v2_groups": _LATENT
