@@ -100,10 +100,15 @@ def through_experts(
     rows = _ROWS if sizes.get(_ROWS, 1) > 1 and x_RD.shape[0] % sizes[_ROWS] == 0 else None
     here = matrices[0].shape[0] // sizes.get(over, 1)
 
+    summed = tuple(name for name in (over, inner) if name)
+
     def of_a_device(*arrays: jax.Array) -> jax.Array:
+        # What devices share is said to be each one's own, so that its gradient is summed over them: left to itself,
+        # jax 0.10.2 does not sum that of gathered rows.
+        tokens = (jax.lax.pcast(x, summed, to="varying") if summed else x for x in arrays[:3])
+        own = (jax.lax.pcast(w, rows, to="varying") if rows else w for w in arrays[3:])
         first = jax.lax.axis_index(over) * here if over else jnp.int32(0)
-        out = _of_these(activation, first, *arrays)
-        summed = tuple(name for name in (over, inner) if name)
+        out = _of_these(activation, first, *tokens, *own)
         return jax.lax.psum(out, summed) if summed else out
 
     tokens, columns = PartitionSpec(rows), PartitionSpec(over, inner)

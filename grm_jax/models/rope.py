@@ -46,14 +46,15 @@ def _yarn(freq: Float[Array, "H/2"], theta: float, scaling: Yarn) -> Float[Array
 
 def rotate(x_NHR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding, halves layout: pairs are (i, i + H/2); cos and sin of the angles are [H/2, R]."""
-    return _turned(*jnp.split(x_NHR, 2, axis=1), angles)
+    cos, sin = (a[None] for a in angles)
+    return _turned(*jnp.split(x_NHR, 2, axis=1), cos, sin)
 
 
 def rotate_interleaved(x_NHR: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding of pairs (2i, 2i + 1); they come out as (i, i + H/2), in queries and keys alike."""
-    return _turned(x_NHR[:, 0::2], x_NHR[:, 1::2], angles)
-
-
-def _turned(first: jax.Array, second: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (a[None] for a in angles)
+    return _turned(x_NHR[:, 0::2], x_NHR[:, 1::2], cos, sin)
+
+
+def _turned(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
