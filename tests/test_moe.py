@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_rl_step
 from checkpoints import GOLDENS, assert_same, copy_of, load, targets_of, tensors_in
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
@@ -251,6 +252,19 @@ def test_adapters_of_experts_are_all_or_none(tmp_path: Path) -> None:
 # ---- training ----
 
 
+def test_a_step_of_rl_reports_loads_and_drifts_little() -> None:
+    """Rollouts attend to latents, the trainer to keys multiplied out: their log-probabilities are the same."""
+    recipe = dataclasses.replace(test_rl_step.RECIPE, microbatch_prompts=2, max_new_tokens=8)
+    step, state, _ = test_rl_step.begin(recipe, config=DEEPSEEK)
+    _, report = step(state, {}, test_rl_step.batch(1), test_rl_step.KEY)
+    scalars = {name: float(value) for name, value in report.scalars.items()}
+    assert scalars["drift_max"] < 1e-4
+    assert 1.0 <= scalars["expert_load_max"] <= 8.0
+    assert 0.0 <= scalars["expert_idle"] < 1.0
+    assert np.isfinite(scalars["grad_norm"])
+
+
+@pytest.mark.slow
 def test_a_step_of_fine_tuning_trains_routers_and_experts() -> None:
     """Loss falls, loads are reported, and the router's bias, which has no gradient, stays where it is."""
     model = tiny_model(DEEPSEEK)
