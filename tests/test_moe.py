@@ -27,9 +27,10 @@ from grm_jax.recipes import Lora, Optimizer, RftConfig
 from grm_jax.sharding import batch_sharding, make_mesh, parameter_sharding
 from grm_jax.spct import rft_step
 from grm_jax.train.forward import load_metrics
-from grm_jax.train.policy import Policy, make_optimizer, start
+from grm_jax.train.policy import Policy, cast, make_optimizer, start
 from grm_jax.weights import names, save
 from grm_jax.weights.adapters import load_adapters, save_adapters
+from grm_jax.weights.decoder import load_decoder
 from grm_jax.weights.load import load_params, read_config
 from grm_jax.weights.save import save_hf
 
@@ -212,6 +213,18 @@ def test_an_experts_tensor_is_its_row() -> None:
     for kind in ("gate", "up", "down"):
         name = f"model.layers.1.mlp.experts.5.{kind}_proj.weight"
         np.testing.assert_array_equal(params[f"layers.1.mlp.experts.{kind}"][5], stored[name])
+
+
+def test_the_routing_bias_stays_float32(tmp_path: Path) -> None:
+    """In a bfloat16 model, its working copy, and its files."""
+    folder = GOLDENS / "deepseek_v3"
+    model = load_decoder(str(folder), "bfloat16", 1)[0]
+    bias = tensors_in(folder)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert model.params["layers.1.mlp.router"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(model.params["layers.1.mlp.router_bias"], bias)
+    np.testing.assert_array_equal(cast(model.params, jnp.bfloat16)["layers.1.mlp.router_bias"], bias)
+    save_hf(tmp_path, model.config, model.params, None, None, "bfloat16")
+    np.testing.assert_array_equal(tensors_in(tmp_path)["model.layers.1.mlp.gate.e_score_correction_bias"], bias)
 
 
 def test_a_missing_expert_and_modules_behind_the_last_layer(tmp_path: Path) -> None:

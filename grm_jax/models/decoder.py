@@ -223,10 +223,19 @@ def bind(graph: nnx.GraphDef, params: Mapping[str, jax.Array]) -> Decoder:
     return nnx.merge(graph, nnx.State(nested))
 
 
+def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
+    """Of a parameter in a model of this dtype: routing biases stay float32, where rounding one sends tokens elsewhere.
+
+    DeepSeek-V3's are numbers around 10 that differ by hundredths, and bfloat16 has eight bits.
+    """
+    return jnp.dtype(jnp.float32) if name.endswith(".router_bias") else jnp.dtype(dtype)
+
+
 def random_params(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
     """Freshly drawn parameters, as pre-training would start from: matrices ~ N(0, 1 / fan_in), norms at one."""
     state = nnx.state(Decoder(config, nnx.Rngs(seed)))
-    return {".".join(map(str, path)): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
+    drawn = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return {name: value.astype(dtype_of(name, dtype)) for name, value in drawn.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Params
+from grm_jax.models.decoder import Params, dtype_of
 from grm_jax.recipes import Lora, Optimizer
 from grm_jax.sharding import batch_sharding, replicated
 
@@ -61,7 +61,7 @@ class Policy:
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
     """The same weights in another dtype."""
-    return {name: value.astype(dtype) for name, value in params.items()}
+    return {name: value.astype(dtype_of(name, dtype)) for name, value in params.items()}
 
 
 def make_schedule(config: Optimizer, updates: int) -> optax.Schedule:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype
-from grm_jax.models.decoder import Model, split_abstract
+from grm_jax.models.decoder import Model, dtype_of, split_abstract
 from grm_jax.sharding import make_mesh, parameter_sharding
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
@@ -24,7 +24,7 @@ def load_decoder(model: str, dtype: Dtype | None, devices: int | None) -> tuple[
     config = read_config(path)
     graph, shapes = split_abstract(config)
     targets = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes))
+        name: jax.ShapeDtypeStruct(shape, dtype_of(name, dtype), sharding=parameter_sharding(mesh, name, shape, axes))
         for name, (shape, axes) in shapes.items()
     }
     return Model(config, graph, load_params(path, targets), mesh), _tokenizer(path)

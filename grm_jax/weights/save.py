@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from grm_jax.log import logger
 from grm_jax.models import families
 from grm_jax.models.config import DecoderConfig
+from grm_jax.models.decoder import dtype_of
 from grm_jax.tokenizer import Tokenizer
 from grm_jax.weights import names
 from grm_jax.weights.adapters import checkpoint_of
@@ -64,7 +65,7 @@ def save_hf(
     if origin is not None and _same(origin, folder):
         raise ValueError(f"{folder} is the model that is being trained from: give another output")
     described = _describe(config, tokenizer, origin, dtype)
-    shards = _shards(_tensors(config, params), dtype)
+    shards = _shards(_tensors(config, params, dtype), dtype)
     first = jax.process_index() == 0
     if first:
         _clear(folder)
@@ -75,7 +76,7 @@ def save_hf(
         weight_map |= dict.fromkeys(tensors, name)
     if first:
         if len(shards) > 1:
-            size = sum(math.prod(shape) for tensors in shards for _, shape, _ in tensors.values()) * dtype.itemsize
+            size = sum(tensor.bytes_in(dtype) for tensors in shards for tensor in tensors.values())
             write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         _write_tokenizer(folder, config, tokenizer, origin)
         write_json(folder, _CONFIG, described)
@@ -121,7 +122,7 @@ def _eos(tokenizer: Tokenizer) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Tensor]:
+def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array], dtype: jnp.dtype) -> dict[str, Tensor]:
     """Every parameter under its name in the file, in the file's shape; an expert's matrices under their own names."""
     slots = names.hugging_face(config).slots
     wanted = {slot.parameter for slot in slots.values()}
@@ -132,7 +133,10 @@ def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str
         shape = params[slot.parameter].shape
         if math.prod(shape if slot.row is None else shape[1:]) != math.prod(slot.shape):
             raise ValueError(f"{slot.parameter} has shape {shape}, the config asks for {slot.shape} in the file")
-    return {name: Tensor(params[slot.parameter], slot.shape, slot.row) for name, slot in slots.items()}
+    return {
+        name: Tensor(params[slot.parameter], slot.shape, slot.row, dtype_of(slot.parameter, dtype))
+        for name, slot in slots.items()
+    }
 
 
 def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, Tensor]]:
@@ -140,7 +144,7 @@ def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> list[dict[str, T
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * dtype.itemsize
+        size = tensor.bytes_in(dtype)
         if size > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES

@@ -32,6 +32,11 @@ class Tensor(NamedTuple):
     value: jax.Array
     shape: tuple[int, ...]  # that it has in the file
     row: int | None = None  # the tensor is this row of the array's leading axis; None: the whole array
+    dtype: jnp.dtype | None = None  # that it has in the file; None: the file's
+
+    def bytes_in(self, dtype: jnp.dtype) -> int:
+        """Its size in a file of this dtype."""
+        return math.prod(self.shape) * (self.dtype or dtype).itemsize
 
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes that are written
@@ -74,13 +79,17 @@ def to_host(value: jax.Array, dtype: jnp.dtype) -> np.ndarray:
 
 
 def write_safetensors(folder: epath.Path, name: str, tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> None:
-    """A safetensors file of these tensors in `dtype`, float32, bfloat16 or float16."""
+    """A safetensors file of these tensors in `dtype` (float32, bfloat16 or float16), but for those of their own."""
     dtype = jnp.dtype(dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
     end = 0
     for name_in_file, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        described = {"dtype": CODES[dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.bytes_in(dtype)
+        described = {
+            "dtype": CODES[(tensor.dtype or dtype).name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
         header[name_in_file] = described
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
@@ -88,7 +97,7 @@ def write_safetensors(folder: epath.Path, name: str, tensors: Mapping[str, Tenso
         file = stack.enter_context(writing(folder, name)) if jax.process_index() == 0 else None
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
-        for value, _, row in tensors.values():
-            host = to_host(value if row is None else value[row], dtype)
+        for value, _, row, own in tensors.values():
+            host = to_host(value if row is None else value[row], own or dtype)
             if file is not None:
                 file.write(np.ascontiguousarray(host).view(np.uint8).data)

@@ -125,7 +125,7 @@ FAMILIES = {
     # V3's: sigmoid and bias, groups chosen by their two best experts, weights normalised and scaled.
     "deepseek_v3": _LATENT
     | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
-    | {"n_shared_experts": 1, "num_mtp_layers": 0},
+    | {"n_shared_experts": 1, "num_mtp_layers": 0, "dtype": "bfloat16"},
     "qwen3_moe": _TINY
     | _EXPERTS
     | {
@@ -144,6 +144,7 @@ FAMILIES = {
 }
 KINDS = {"deepseek_v2_groups": "deepseek_v2"}  # model types of those that are not named by theirs
 CLASSIFIER = "gemma2_classifier"  # Gemma-2 with one label
+BIAS = "e_score_correction_bias"  # of V3's router, a buffer
 SHARDED = "qwen2"  # written in several files with an index
 
 
@@ -166,7 +167,7 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(BIAS):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
@@ -200,7 +201,11 @@ def make_family(name: str, folder: Path) -> None:
     model = loader.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     randomise(model, generator)
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(dtype).save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
+    biases = {name: bias.clone() for name, bias in model.named_buffers() if name.endswith(BIAS)}
+    model.to(dtype)
+    for path, bias in biases.items():  # float32 in files of any type
+        setattr(model.get_submodule(path.removesuffix(f".{BIAS}")), BIAS, bias)
+    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone
