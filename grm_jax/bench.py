@@ -109,7 +109,7 @@ def measure(model: Model, config: BenchConfig, batch: int, votes: int, ceilings:
     rows, steps = batch * votes, config.new_tokens
     own = steps / 2  # tokens that a row has written, on average
     decode_flops = rows * steps * (2 * matrix_weights(c) + attention_flops(c, config.prompt_tokens + own))
-    cached = 2 * c.layers * c.kv_heads * c.head_dim * itemsize  # bytes a token
+    cached = c.layers * sum(heads * numbers for heads, numbers in c.stored) * itemsize  # bytes a token
     decode_bytes = steps * (matrix_weights(c) * itemsize + cached * (batch * config.prompt_tokens + rows * own))
     body = matrix_weights(c) - c.vocab_size * c.dim  # a prefill does not go through the head
     prefill_flops = batch * config.prompt_tokens * (2 * body + attention_flops(c, config.prompt_tokens / 2))

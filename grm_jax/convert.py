@@ -24,7 +24,7 @@ from grm_jax.config import ConvertConfig
 from grm_jax.log import logger
 from grm_jax.models import lora as products
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Params, random_params, split_abstract
+from grm_jax.models.decoder import Params, dtype_of, random_params, split_abstract
 from grm_jax.prompts import template_path
 from grm_jax.recipes import Fresh, Lora
 from grm_jax.scalar_rm import TEMPLATE_FILE
@@ -130,7 +130,7 @@ def checkpoint(model: str, dtype: str | None) -> Found:
     config, dtype = read_config(path), dtype or stored_dtype(path)
     place = jax.sharding.SingleDeviceSharding(_host())
     targets = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+        name: jax.ShapeDtypeStruct(shape, dtype_of(name, jnp.dtype(dtype)), sharding=place)
         for name, (shape, _) in split_abstract(config)[1].items()
     }
     kept = path / TEMPLATE_FILE

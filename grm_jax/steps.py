@@ -21,6 +21,7 @@ from etils import epath
 
 from grm_jax.checkpoint import RECIPE, RUN, STATE, STEPS, checked, digest, unfinished
 from grm_jax.damage import Fault, attempt
+from grm_jax.models.decoder import dtype_of
 
 _PARAMS = "params."  # of `train.policy.State`: names of its leaves begin so
 _AT_ONCE = 1 << 30  # bytes that are restored together
@@ -55,7 +56,7 @@ class Step:
                 value = restored.pop(_PARAMS + name)
                 if int(digest(value)) != self._arrays[name][2]:
                     raise ValueError(self._damaged(f"the values of {name} are not those that were saved"))
-                found[name] = value.astype(dtype)
+                found[name] = value.astype(dtype_of(name, dtype))
         return found
 
     def _groups(self) -> Iterator[list[str]]:

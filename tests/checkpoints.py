@@ -16,7 +16,8 @@ from grm_jax.models.decoder import split_abstract
 from grm_jax.weights.load import load_params, read_config
 
 GOLDENS = Path(__file__).parent / "goldens"
-FAMILIES = ["gemma2", "llama", "mistral", "qwen2", "qwen3"]
+MIXTURES = ["deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "qwen3_moe"]
+FAMILIES = ["gemma2", "llama", "mistral", "qwen2", "qwen3", *MIXTURES]
 
 
 def targets_of(config: DecoderConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

@@ -130,13 +130,13 @@ def test_linear_rope_divides_every_frequency(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2': known are gemma2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2': known are deepseek_v2, deepseek_v3, gemma2, llama, mistral"),
         ({"model_type": None}, "model_type = None"),
         ({"attention_bias": True}, "attention_bias = True, it must be absent or False"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu', it must be absent or 'silu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "unquantised"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn': known are"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope': known are"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"num_key_value_heads": 5}, "no multiple of kv_heads = 5"),
     ],

@@ -62,7 +62,7 @@ def test_logits_equal_transformers(models, family: str) -> None:
         np.testing.assert_allclose(x[r], y[r], rtol=0, atol=1e-4, err_msg=f"padding: {side}")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen2"])  # the ones with windows on some layers
+@pytest.mark.parametrize("family", ["gemma2", "qwen2", "deepseek_v2"])  # windows on some layers; latents
 def test_prefill_then_decode_equals_one_forward(models, family: str) -> None:
     """Keys of a prefix come back as a part of the cache; the rest of the row sees them through it, windows included."""
     config, params = models[family]
@@ -76,6 +76,13 @@ def test_prefill_then_decode_equals_one_forward(models, family: str) -> None:
     np.testing.assert_allclose(found[real], golden["left_logits"][real], rtol=0, atol=1e-4)
 
 
+def changed(config: DecoderConfig, change: dict) -> DecoderConfig:
+    """The config with some numbers changed, also those of its parts."""
+    parts = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    return dataclasses.replace(config, **parts)
+
+
+YARN = {"factor": 8.0, "original_max_positions": 64, "attention_factor": 1.0, "beta_fast": 1.5, "beta_slow": 0.4}
 # What a golden must notice if the decoder got it wrong: (family, a config with one number changed).
 CHANGES = [
     ("llama", {"rope_scaling": None}),
@@ -92,6 +99,21 @@ CHANGES = [
     ("gemma2", {"embed_scale": 1.0}),
     ("gemma2", {"query_scale": 16**-0.5}),
     ("gemma2", {"activation": "silu"}),
+    *(("deepseek_v2", {"rope_scaling": {name: value}}) for name, value in YARN.items()),
+    ("deepseek_v2", {"query_scale": 20**-0.5}),
+    ("deepseek_v2", {"latent": {"interleaved": False}}),
+    ("deepseek_v2", {"latent": {"norm_eps": 1e-2}}),
+    ("deepseek_v2", {"experts": {"normalised": True}}),
+    ("deepseek_v2", {"experts": {"per_token": 2}}),
+    ("deepseek_v2_groups", {"experts": {"groups": 1, "groups_kept": 1}}),
+    ("deepseek_v2_groups", {"experts": {"group_top": 2}}),
+    ("deepseek_v2_groups", {"experts": {"scale": 1.0}}),
+    ("deepseek_v3", {"experts": {"sigmoid": False}}),
+    ("deepseek_v3", {"experts": {"group_top": 1}}),
+    ("deepseek_v3", {"experts": {"groups": 1, "groups_kept": 1, "group_top": 1}}),
+    ("deepseek_v3", {"experts": {"normalised": False}}),
+    ("qwen3_moe", {"experts": {"normalised": False}}),
+    ("qwen3_moe", {"rope_scaling": {"attention_factor": 1.0}}),
 ]
 
 
@@ -101,7 +123,7 @@ def test_goldens_notice_every_number(models, family: str, change: dict) -> None:
     config, params = models[family]
     golden = np.load(GOLDENS / family / "expected.npz")
     real = golden["none_real"]
-    found = logits_of(dataclasses.replace(config, **change), params, golden["none_tokens"], real)
+    found = logits_of(changed(config, change), params, golden["none_tokens"], real)
     assert np.abs(found - golden["none_logits"]).max() > 1e-2
 
 

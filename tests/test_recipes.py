@@ -216,7 +216,11 @@ def test_numbers_have_a_least(make, least, name):
         (Fresh, {"dim": 12, "heads": 4}, "dim = 12 in heads = 4"),
         (Optimizer, {"clip_norm": 0.0}, "clip_norm = 0.0: it has to be above 0; inf never clips"),
         (Optimizer, {"clip_norm": float("nan")}, "clip_norm = nan"),
-        (Lora, {"targets": ("q", "embed")}, "lora.targets has 'embed'; known are q, k, v, o, gate, up, down"),
+        (
+            Lora,
+            {"targets": ("q", "embed")},
+            "lora.targets has 'embed'; known are q, k, v, q_a, q_b, kv_a, kv_b, o, gate",
+        ),
         (Lora, {"rank": 2, "targets": ()}, "lora.rank = 2 without targets: name some of q, k"),
         (Items, {"n_choices": ()}, "n_choices = (): give numbers of at least 2"),
         (Items, {"n_choices": (3, 1)}, "n_choices = (3, 1): give numbers of at least 2, such as 2 3 4"),

@@ -5,7 +5,8 @@
 3. `attend` computes each part's share of the softmax and adds the shares up, so no part is copied to stand by another.
 4. `pieces` says in which pieces of queries that is done, so that scores stay small and later keys are left out.
 
-Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head.
+Shapes: B rows, T new tokens, R = B * T, P groups of rows, S stored tokens, K key heads, Q query heads a key head, H head, V
+value (as H, but in `latent`).
 """
 
 from __future__ import annotations
@@ -28,15 +29,24 @@ _PIECE, _PIECES = 128, 4  # queries whose scores are computed at once, unless th
 class Keys:
     """Keys and values that queries may see, an array a layer.
 
-    k, v: [..., K, S, H], k rotated; positions: int32 [..., S], -1 where nothing is stored. The leading axes say who may
-    see them: () every query, (P,) the queries of a row, or, with P a divisor of B, those of B / P neighbouring rows, which
-    are samples of one prompt; (R,) one query alone. A part that every query may see is full (no -1) and stands before
-    all of them, so only a window masks it.
+    k, v: [..., K, S, H], k rotated, no v where values are read from k (`latent`); positions: int32 [..., S], -1 where
+    nothing is stored. The leading axes say who may see them: () every query, (P,) the queries of a row, or, with P a
+    divisor of B, those of B / P neighbouring rows, which are samples of one prompt; (R,) one query alone. A part that
+    every query may see is full (no -1) and stands before all of them, so only a window masks it.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     positions: jax.Array
+
+    def layer(self, index: int) -> tuple[jax.Array, ...]:
+        """What is stored for a layer: keys and values, or keys alone."""
+        return tuple(side[index] for side in (self.k, self.v) if side)
+
+    @classmethod
+    def of_layers(cls, stored: Sequence[Sequence[jax.Array]], positions: jax.Array) -> Keys:
+        """The inverse of `layer`."""
+        return cls(tuple(new[0] for new in stored), tuple(v for new in stored for v in new[1:]), positions)
 
 
 def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -94,7 +104,7 @@ class Owner(enum.Enum):
 def _attend_part(
     q: jax.Array, owner: Owner, k: jax.Array, v: jax.Array, seen: jax.Array | None, softcap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One part's share of a softmax: its largest score and its sum of exponentials [B, T, K, Q], its mix [..., H]."""
+    """One part's share of a softmax: largest score and sum of exponentials [B, T, K, Q], its mix [..., V] of values."""
     scores_spec, order, mix_spec, where = owner.value
     shape = q.shape
     if owner is Owner.QUERY:
@@ -111,19 +121,19 @@ def _attend_part(
     source, target = order.split("->")
     axes = tuple(source.index(letter) for letter in target)
     top, total, mix = top.transpose(axes), total.transpose(axes), mix.transpose(*axes, len(axes))
-    return top.reshape(shape[:-1]), total.reshape(shape[:-1]), mix.reshape(shape)
+    return top.reshape(shape[:-1]), total.reshape(shape[:-1]), mix.reshape(*shape[:-1], v.shape[-1])
 
 
 def attend(
     q: Float[Array, "B T K Q H"],
     parts: list[tuple[Owner, jax.Array, jax.Array, jax.Array | None]],
     softcap: float | None,
-) -> Float[Array, "B T K Q H"]:
+) -> Float[Array, "B T K Q V"]:
     """Attention over several parts with one softmax. Scores are not kept for the backward pass, but computed again.
 
-    parts: (owner, k [..., K, S, H], v the same, seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S] where a
-    part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all (padding)
-    gets zeros.
+    parts: (owner, k [..., K, S, H], v [..., K, S, V], seen bool [B or 1, T, S], None for all of them; [P, B / P * T, S]
+    where a part belongs to P groups of rows); leading axes of k and v as in `Keys`. A query that sees nothing at all
+    (padding) gets zeros.
     """
     owners = [owner for owner, *_ in parts]
     return jax.checkpoint(partial(_attend, owners, softcap))(q, [arrays for _, *arrays in parts])

@@ -12,14 +12,28 @@ from grm_jax.models.config import DecoderConfig
 
 
 def matrix_weights(c: DecoderConfig) -> int:
-    """Weights that every token is multiplied with, the head included."""
-    attention = 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
-    return c.layers * (attention + 3 * c.dim * c.mlp_dim) + c.vocab_size * c.dim
+    """Weights that every token is multiplied with, the head included; of a mixture's experts, those that it goes to."""
+    mlps = sum(_mixture(c) if c.mixes(layer) else 3 * c.dim * c.mlp_dim for layer in range(c.layers))
+    return c.layers * _attention(c) + mlps + c.vocab_size * c.dim
+
+
+def _attention(c: DecoderConfig) -> int:
+    if c.latent is None:
+        return 2 * c.dim * c.head_dim * (c.heads + c.kv_heads)
+    of, queries = c.latent, c.heads * c.head_dim
+    down = c.dim * (of.kv_rank + of.rope_dim) + (c.dim * of.q_rank if of.q_rank else 0)
+    keys_values = of.kv_rank * c.heads * (c.head_dim - of.rope_dim + of.value_dim)
+    return down + (of.q_rank or c.dim) * queries + keys_values + c.dim * c.heads * of.value_dim
+
+
+def _mixture(c: DecoderConfig) -> int:
+    of = c.experts
+    return of.routed * c.dim + 3 * c.dim * (of.per_token * of.mlp_dim + of.shared_dim)
 
 
 def attention_flops(c: DecoderConfig, context: float) -> float:
-    """FLOPs of one token's attention over `context` tokens, all layers."""
-    return 4 * c.layers * c.heads * c.head_dim * context
+    """FLOPs of one token's attention over `context` tokens, all layers; of latents multiplied out, as in training."""
+    return 2 * c.layers * c.heads * (c.head_dim + c.value_dim) * context
 
 
 def model_flops(c: DecoderConfig, forward_tokens: float, trained_tokens: float, context: float) -> float:

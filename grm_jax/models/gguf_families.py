@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from grm_jax.models.config import DecoderConfig, RopeScaling
-from grm_jax.models.families import linear_scaling
+from grm_jax.models.hf_numbers import linear_scaling
 
 
 def from_gguf(

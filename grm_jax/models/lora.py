@@ -7,13 +7,15 @@ Merged, and not two small products beside each layer's own: a training step need
 dtype for decoding anyway, the product costs 2 * rank FLOPs a weight, and every family's decoder works unchanged.
 
 Names: the adapters of "layers.0.attention.q" are "layers.0.attention.q.lora_a" and "layers.0.attention.q.lora_b".
-Shapes: O outputs and I inputs of the flattened matrix (q: I = D, O = N * H; o: I = N * H, O = D), R rank.
+Shapes: O outputs and I inputs of the flattened matrix (q: I = D, O = N * H; o: I = N * H, O = D), R rank. The matrices of
+E experts are one array [E, O, I], and so are their adapters: A [E, R, I], B [E, O, R].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,14 @@ from grm_jax.recipes import Lora
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[str | None, ...]]]  # as `decoder.split_abstract` gives them
 
 # How many leading axes of a layer's matrix are outputs; the others are inputs.
-_OUTPUT_AXES = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
+_OUTPUT_AXES = {"q": 2, "k": 2, "v": 2, "q_a": 1, "q_b": 2, "kv_a": 1, "kv_b": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
+
+
+def _parts(name: str, axes: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """A matrix's axes: one that counts experts, or none; its outputs; its inputs."""
+    stacked = int(".experts." in name)
+    cut = stacked + _OUTPUT_AXES[name.rpartition(".")[2]]
+    return axes[:stacked], axes[stacked:cut], axes[cut:]
 
 
 def matrices(shapes: Mapping[str, object], lora: Lora) -> list[str]:
@@ -42,10 +51,11 @@ def axes(shapes: Shapes, lora: Lora) -> dict[str, tuple[tuple[int, ...], tuple[s
     found = {}
     for name in matrices(shapes, lora):
         shape, logical = shapes[name]
-        cut = _OUTPUT_AXES[name.rpartition(".")[2]]
-        outputs, inputs = (part[0] if len(part) == 1 else None for part in (logical[:cut], logical[cut:]))
-        found[f"{name}.lora_a"] = (lora.rank, math.prod(shape[cut:])), (None, inputs)
-        found[f"{name}.lora_b"] = (math.prod(shape[:cut]), lora.rank), (outputs, None)
+        stack, out, inner = _parts(name, shape)
+        outputs, inputs = (part[0] if len(part) == 1 else None for part in _parts(name, logical)[1:])
+        experts = _parts(name, logical)[0]
+        found[f"{name}.lora_a"] = (*stack, lora.rank, math.prod(inner)), (*experts, None, inputs)
+        found[f"{name}.lora_b"] = (*stack, math.prod(out), lora.rank), (*experts, outputs, None)
     return found
 
 
@@ -59,13 +69,13 @@ def init(shapes: Shapes, lora: Lora, key: jax.Array) -> dict[str, jax.Array]:
         if name.endswith(".lora_b"):
             found[name] = jnp.zeros(shape, jnp.float32)
             continue
-        bound = shape[1] ** -0.5
+        bound = shape[-1] ** -0.5
         drawn = jax.random.fold_in(key, stable_hash(name))
         found[name] = jax.random.uniform(drawn, shape, jnp.float32, -bound, bound)
     return found
 
 
-def add(w: jax.Array, a_RI: Float[Array, "R I"], b_OR: Float[Array, "O R"], scale: float) -> jax.Array:
+def add(w: jax.Array, a_RI: Float[Array, "*E R I"], b_OR: Float[Array, "*E O R"], scale: float) -> jax.Array:
     """w + scale * b a, in w's shape and dtype; product and sum in float32. A zero product changes no bit of w."""
     product = jnp.matmul(b_OR * scale, a_RI, precision="highest", preferred_element_type=jnp.float32)
     # w - (0 - x) and not w + x: a weight of -0.0 stays -0.0 where x is a zero of either sign.
@@ -90,17 +100,18 @@ def check(base: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array]) -> N
     for key in adapters:
         name, _, side = key.rpartition(".")
         pair = [adapters.get(f"{name}.{twin}") for twin in ("lora_a", "lora_b")]
-        kind = name.rpartition(".")[2]
-        known = side in ("lora_a", "lora_b") and name in base and kind in _OUTPUT_AXES
-        if not known or any(array is None or array.ndim != 2 for array in pair):
+        known = side in ("lora_a", "lora_b") and name in base and name.rpartition(".")[2] in _OUTPUT_AXES
+        ndim = 3 if ".experts." in name else 2
+        if not known or any(array is None or array.ndim != ndim for array in pair):
             raise ValueError(
                 f"adapter {key}: it must be lora_a or lora_b of one of the model's matrices, with the other beside it; "
                 "these adapters are of another model, or incomplete"
             )
-        (rank, inputs), (outputs, rank_b) = (array.shape for array in pair)
-        cut = _OUTPUT_AXES[kind]
         shape = base[name].shape
-        if rank != rank_b or (outputs, inputs) != (math.prod(shape[:cut]), math.prod(shape[cut:])):
+        stack, out, inner = _parts(name, shape)
+        rank = pair[0].shape[-2]
+        wanted = [(*stack, rank, math.prod(inner)), (*stack, math.prod(out), rank)]
+        if [array.shape for array in pair] != wanted:
             raise ValueError(
                 f"adapters of {name}: lora_a is {pair[0].shape} and lora_b {pair[1].shape}, but the matrix is {shape}; "
                 "these adapters are of another model"

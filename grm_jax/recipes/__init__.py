@@ -9,7 +9,7 @@ No array library is imported here. Sections and equations are those of the paper
 """
 
 from grm_jax.recipes.files import as_json, check_same, load, read
-from grm_jax.recipes.parts import Checkpoints, Fresh, Items, Lora, Optimizer
+from grm_jax.recipes.parts import LORA_TARGETS, Checkpoints, Fresh, Items, Lora, Optimizer
 from grm_jax.recipes.stages import (
     CloudConfig,
     MetaConfig,
@@ -22,6 +22,7 @@ from grm_jax.recipes.stages import (
 )
 
 __all__ = [
+    "LORA_TARGETS",
     "Checkpoints",
     "CloudConfig",
     "Fresh",

@@ -67,6 +67,10 @@ class Optimizer:
             raise ValueError(f"clip_norm = {self.clip_norm}: it has to be above 0; inf never clips")
 
 
+# Of grouped-query attention (q, k, v), of latent attention (q or q_a and q_b; kv_a, kv_b), of both (o), and of MLPs.
+LORA_TARGETS = ("q", "k", "v", "q_a", "q_b", "kv_a", "kv_b", "o", "gate", "up", "down")
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adapters beside frozen weights (arXiv 2106.09685)."""
@@ -75,17 +79,16 @@ class Lora:
     """0 trains all weights"""
     alpha: float = 16.0
     """the adapters' product is scaled by alpha / rank"""
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """matrices of each layer that get an adapter"""
+    targets: tuple[str, ...] = LORA_TARGETS
+    """matrices that get an adapter, in each layer that has them; gate, up and down of every expert too"""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "rank")
-        known = ("q", "k", "v", "o", "gate", "up", "down")
         for target in self.targets:
-            if target not in known:
-                raise ValueError(f"lora.targets has {target!r}; known are {', '.join(known)}")
+            if target not in LORA_TARGETS:
+                raise ValueError(f"lora.targets has {target!r}; known are {', '.join(LORA_TARGETS)}")
         if self.rank and not self.targets:
-            raise ValueError(f"lora.rank = {self.rank} without targets: name some of {', '.join(known)}")
+            raise ValueError(f"lora.rank = {self.rank} without targets: name some of {', '.join(LORA_TARGETS)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,9 +94,13 @@ def row_keys(key: Key[Array, ""], items: Int[Array, "R"], samples: Int[Array, "R
 
 def empty(config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype, lead: tuple[int, ...], slots: int) -> Keys:
     """A part that holds nothing, [*lead, K, slots, H] a layer, its first axis split over the mesh's data."""
-    shape, store = (*lead, config.kv_heads, slots, config.head_dim), cache_sharding(mesh, config.kv_heads)
-    k, v = (tuple(jnp.zeros(shape, dtype, device=store) for _ in range(config.layers)) for _ in range(2))
-    return Keys(k, v, jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
+    shapes = [(*lead, heads, slots, numbers) for heads, numbers in config.stored]
+    places = [cache_sharding(mesh, heads) for heads, _ in config.stored]
+    stored = [
+        [jnp.zeros(shape, dtype, device=place) for shape, place in zip(shapes, places, strict=True)]
+        for _ in range(config.layers)
+    ]
+    return Keys.of_layers(stored, jnp.full((*lead, slots), NOWHERE, jnp.int32, device=batch_sharding(mesh)))
 
 
 @partial(jax.jit, static_argnames="graph")

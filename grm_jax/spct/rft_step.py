@@ -20,7 +20,7 @@ from grm_jax.data.packing import Packed
 from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import RftConfig
 from grm_jax.sharding import spread
-from grm_jax.train.forward import REMATS, of_packed
+from grm_jax.train.forward import REMATS, load_metrics, of_packed_with_loads
 from grm_jax.train.policy import Policy, State, compiled, moved, split
 
 Step = Callable[[State, Params, Packed], tuple[State, dict[str, Float[Array, ""]]]]
@@ -33,23 +33,24 @@ def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransf
     """
     remat = REMATS[recipe.remat]
 
-    def loss(params: Params, frozen: Params, rows: Packed, trained: Array) -> Array:
+    def loss(params: Params, frozen: Params, rows: Packed, trained: Array) -> tuple[Array, Array | None]:
         model = bind(policy.graph, policy.working(params, frozen))
-        found = of_packed(model, rows.tokens, rows.positions, rows.segments, remat)
-        return losses.nll(found, rows.trains / trained)
+        found, loads = of_packed_with_loads(model, rows.tokens, rows.positions, rows.segments, remat)
+        return losses.nll(found, rows.trains / trained), loads
 
     def step(state: State, frozen: Params, batch: Packed) -> tuple[State, dict[str, Array]]:
         trained = jnp.maximum(batch.trains.sum(), 1).astype(jnp.float32)
         shares = jax.tree.map(lambda x: split(x, x.shape[0] // recipe.microbatch_rows), batch)
 
-        def add(carry: tuple[Params, Array], rows: Packed) -> tuple[tuple[Params, Array], None]:
-            value, grads = jax.value_and_grad(loss)(state.params, frozen, rows, trained)
-            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), None
+        def add(carry: tuple[Params, Array], rows: Packed) -> tuple[tuple[Params, Array], Array | None]:
+            (value, loads), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, rows, trained)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), loads
 
         zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0)
-        (grads, total), _ = jax.lax.scan(add, zeros, shares)
+        (grads, total), loads = jax.lax.scan(add, zeros, shares)
         params, after, norm = moved(state, grads, optimizer)
         scalars = {"loss": total, "grad_norm": norm, "trained_tokens": trained, "tokens": jnp.sum(batch.segments > 0)}
+        scalars |= {} if loads is None else load_metrics(loads.sum(axis=0))
         return State(params, after, state.step + 1), scalars
 
     return compiled(step, state)

@@ -33,7 +33,7 @@ from grm_jax.models.decoder import Params, bind
 from grm_jax.recipes import RlConfig
 from grm_jax.sampler import Sampling, rollout
 from grm_jax.sharding import place, replicated, spread
-from grm_jax.train.forward import REMATS, of_samples
+from grm_jax.train.forward import REMATS, load_metrics, of_samples_with_loads
 from grm_jax.train.policy import Policy, State, compiled, join, moved, split
 
 Step = Callable[[State, Params, Batch, Key[Array, ""]], tuple[State, "Report"]]
@@ -170,9 +170,9 @@ class _Update:
     policy: Policy
     recipe: RlConfig
 
-    def log_probs(self, weights: Params, head: Array, share: _Share) -> tuple[Array, Array]:
-        """Log-probability and entropy of each rollout token [R, T] under these weights."""
-        return of_samples(
+    def log_probs(self, weights: Params, head: Array, share: _Share) -> tuple[Array, Array, Array | None]:
+        """Log-probability and entropy of each rollout token [R, T] under these weights; their experts' loads [L, E]."""
+        return of_samples_with_loads(
             *(bind(self.policy.graph, weights), head, share.prompts, share.lengths, share.tokens, share.counts),
             *(self.recipe.temperature, REMATS[self.recipe.remat]),
         )
@@ -182,7 +182,7 @@ class _Update:
     ) -> tuple[Array, dict[str, Array]]:
         """A microbatch's part of the loss (GRPO: arXiv 2402.03300, Eq. 3), and of the metrics: sums over tokens."""
         recipe = self.recipe
-        new, entropy = self.log_probs(self.policy.working(params, frozen), head, share)
+        new, entropy, loads = self.log_probs(self.policy.working(params, frozen), head, share)
         mask = jnp.arange(share.tokens.shape[1])[None] < share.counts[:, None]
         of_token, clipped = losses.OBJECTIVES[recipe.objective].surrogate(
             new, share.old, share.advantages, mask, recipe.clip_low, recipe.clip_high
@@ -193,6 +193,7 @@ class _Update:
         drift = jnp.abs(new - share.old)
         sums = {"kl": kl, "entropy": entropy, "clip_fraction": clipped, "drift": drift}
         sums = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in sums.items()}
+        sums |= {} if loads is None else {"loads": loads}
         return total, sums | {"loss": total, "drift_max": jnp.max(jnp.where(mask, drift, 0.0))}
 
     def gradients(
@@ -208,7 +209,10 @@ class _Update:
             return (jax.tree.map(jnp.add, grads, more), sums), None
 
         names = ("kl", "entropy", "clip_fraction", "drift", "loss", "drift_max")
-        zeros = jax.tree.map(jnp.zeros_like, params), {name: jnp.float32(0) for name in names}
+        none = {name: jnp.float32(0) for name in names}
+        if experts := self.policy.config.experts:
+            none["loads"] = jnp.zeros((self.policy.config.layers - experts.dense_layers, experts.routed))
+        zeros = jax.tree.map(jnp.zeros_like, params), none
         return jax.lax.scan(add, zeros, (shares, reference))[0]
 
 
@@ -253,6 +257,7 @@ def make_step(
             "drift_max": sums[0]["drift_max"],
             "zero_advantage_groups": jnp.mean(jnp.all(advantages == 0, axis=1)),
         }
+        scalars |= load_metrics(sums[-1]["loads"]) if "loads" in sums[-1] else {}
         return dataclasses.replace(state, step=state.step + 1), Report(scalars, rollouts, judged)
 
     return compiled(step, state)

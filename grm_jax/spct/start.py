@@ -18,7 +18,7 @@ from grm_jax import grm as judges
 from grm_jax.grm import Grm
 from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Model, Params, random_params, split_abstract
+from grm_jax.models.decoder import Model, Params, dtype_of, random_params, split_abstract
 from grm_jax.recipes import Fresh, RftConfig, RlConfig
 from grm_jax.sharding import TRAINING, lay_out, parameter_sharding, place
 from grm_jax.tokenizer import ByteTokenizer, Tokenizer
@@ -69,7 +69,8 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
         adapters = jax.jit(lambda: lora.init(shapes, recipe.lora, key), out_shardings=laid)()
         return Start(policy, adapters, model.params, tokenizer, recipe.model)
     # A copy even where the dtype is the same: a step donates the masters.
-    frozen = {name: jnp.array(value, compute, copy=True) for name, value in model.params.items()} if reference else {}
+    kept = model.params if reference else {}
+    frozen = {name: jnp.array(value, dtype_of(name, compute), copy=True) for name, value in kept.items()}
     return Start(policy, model.params, frozen, tokenizer, recipe.model)
 
 

@@ -3,9 +3,11 @@
 1. `of_samples` runs the head that all prompts share once, each prompt once, and its samples on both: the same three
    parts as the sampler's caches, with a gradient through each. A prompt repeated for each sample would cost G times.
 2. `of_packed` runs rows into which several texts are packed; segments keep them apart.
+   Both have a sibling that tells, besides, how a mixture's experts were loaded; `load_metrics` makes two numbers of it.
 3. Both go through the output head in blocks (`head.log_probs`), and the blocks of the decoder through `remat`.
 
-Shapes: P prompts, G samples a prompt, R = P * G rows, H0 head tokens, S prompt slots, T tokens, B packed rows.
+Shapes: P prompts, G samples a prompt, R = P * G rows, H0 head tokens, S prompt slots, T tokens, B packed rows, L layers
+with experts, E experts.
 """
 
 from __future__ import annotations
@@ -42,8 +44,22 @@ def of_samples(
     head: what all prompts begin with; prompts [P, S]: the rest of each, `lengths` tokens, padded behind. Rows p * G to
     p * G + G - 1 are samples of prompt p; tokens past `counts` are padding, and their numbers mean nothing.
     """
-    hidden = _behind_prompts(model, head, prompts, lengths, samples, counts, remat)
-    return _through_head(model, hidden, samples, temperature)
+    return of_samples_with_loads(model, head, prompts, lengths, samples, counts, temperature, remat)[:2]
+
+
+def of_samples_with_loads(
+    model: Decoder,
+    head: Int[Array, "H0"],
+    prompts: Int[Array, "P S"],
+    lengths: Int[Array, "P"],
+    samples: Int[Array, "R T"],
+    counts: Int[Array, "R"],
+    temperature: float = 1.0,
+    remat: Remat | None = None,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"], Float[Array, "L E"] | None]:
+    """As `of_samples`; and how many sampled tokens each expert got, None for a model without experts."""
+    hidden, loads = _behind_prompts(model, head, prompts, lengths, samples, counts, remat)
+    return *_through_head(model, hidden, samples, temperature), loads
 
 
 def scalars_of(
@@ -57,14 +73,14 @@ def scalars_of(
 ) -> Float[Array, "R"]:
     """What a scalar head says of each sample behind its prompt, read at the sample's last token; as `of_samples`."""
     longer = jnp.pad(samples, ((0, 0), (0, 1)))
-    hidden = _behind_prompts(model, head, prompts, lengths, longer, counts + 1, remat)
+    hidden, _ = _behind_prompts(model, head, prompts, lengths, longer, counts + 1, remat)
     return model.scalars(jnp.take_along_axis(hidden, counts[:, None, None], axis=1)[:, 0])
 
 
 def _behind_prompts(
     model: Decoder, head: Array, prompts: Array, lengths: Array, samples: Array, counts: Array, remat: Remat | None
-) -> Float[Array, "R T D"]:
-    """Hidden states that each sampled token is drawn from: of the token before it."""
+) -> tuple[Float[Array, "R T D"], Float[Array, "L E"] | None]:
+    """Hidden states that each sampled token is drawn from, those of the token before it; and these tokens' experts."""
     group, parts = samples.shape[0] // prompts.shape[0], ()
     if head.shape[0]:
         _, cache = model(head[None], jnp.arange(head.shape[0])[None], remat=remat)
@@ -78,7 +94,8 @@ def _behind_prompts(
     inputs = jnp.concatenate([fed, samples[:, :-1]], axis=1)
     step = jnp.arange(samples.shape[1])[None]
     positions = jnp.where(step < counts[:, None], head.shape[0] + jnp.repeat(last, group, axis=0) + step, NOWHERE)
-    return model(inputs, positions, cache, remat=remat)[0]
+    hidden, cache = model(inputs, positions, cache, remat=remat)
+    return hidden, cache.loads
 
 
 def of_packed(
@@ -92,9 +109,27 @@ def of_packed(
 
     positions begin at 0 with each segment; segment 0 is padding.
     """
-    hidden, _ = model(tokens, jnp.where(segments > 0, positions, NOWHERE), segments=segments, remat=remat)
+    return of_packed_with_loads(model, tokens, positions, segments, remat)[0]
+
+
+def of_packed_with_loads(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    remat: Remat | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "L E"] | None]:
+    """As `of_packed`; and how many tokens each expert got, None for a model without experts."""
+    hidden, cache = model(tokens, jnp.where(segments > 0, positions, NOWHERE), segments=segments, remat=remat)
     targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
-    return _through_head(model, hidden, targets, 1.0)[0]
+    return _through_head(model, hidden, targets, 1.0)[0], cache.loads
+
+
+def load_metrics(loads_LE: Float[Array, "L E"]) -> dict[str, Float[Array, ""]]:
+    """How evenly tokens are spread over experts, the means over layers: `expert_load_max`, the fullest expert's tokens as
+    a multiple of an even share (1 to E); `expert_idle`, the share of experts that got none."""
+    shares = loads_LE / jnp.maximum(loads_LE.mean(axis=1, keepdims=True), 1e-9)
+    return {"expert_load_max": shares.max(axis=1).mean(), "expert_idle": (loads_LE == 0).mean()}
 
 
 def _through_head(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Params, split_abstract
+from grm_jax.models.decoder import Params, dtype_of, split_abstract
 from grm_jax.recipes import Lora, Optimizer
 from grm_jax.sharding import DECODING, parameter_sharding, replicated
 
@@ -68,7 +68,7 @@ class Policy:
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
     """The same weights in another dtype."""
-    return {name: value.astype(dtype) for name, value in params.items()}
+    return {name: value.astype(dtype_of(name, dtype)) for name, value in params.items()}
 
 
 def make_schedule(config: Optimizer, updates: int) -> optax.Schedule:

@@ -1,7 +1,8 @@
 """Low-rank adapters as a folder that PEFT reads: adapter_config.json and adapter_model.safetensors.
 
 1. `save_adapters` writes one: the base's name, rank, alpha and target matrices, and A [R, I] and B [O, R] of each,
-   under the names of the Hugging Face checkpoint that they adapt (no row is permuted: its layout is ours);
+   under the names of the Hugging Face checkpoint that they adapt (no row is permuted: its layout is ours; each expert's
+   are tensors of their own);
 2. `load_adapters` reads one, PEFT's too, and holds it against its base's config: every tensor is used exactly once;
 3. `merge_into` puts them into the base's weights, for use; `checkpoint_of` follows adapters to the weights under them.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,15 +26,14 @@ from safetensors.numpy import load_file
 
 from grm_jax.models import lora as products
 from grm_jax.models.config import DecoderConfig
-from grm_jax.recipes import Lora
+from grm_jax.recipes import LORA_TARGETS, Lora
 from grm_jax.weights import names
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import read_config
 from grm_jax.weights.placement import local_file
-from grm_jax.weights.write import is_remote, write_json, write_safetensors
+from grm_jax.weights.write import Tensor, is_remote, write_json, write_safetensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 _PREFIX = "base_model.model."
 _UNKNOWN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
@@ -66,8 +66,8 @@ def save_adapters(
     """
     folder = epath.Path(folder).expanduser()
     modules = _modules(config)
-    targets = [parameter for parameter in modules if parameter.rpartition(".")[2] in lora.targets]
-    wanted = {f"{parameter}.lora_{side}" for parameter in targets for side in "ab"}
+    targets = {m: where for m, where in modules.items() if where[0].rpartition(".")[2] in lora.targets}
+    wanted = {f"{parameter}.lora_{side}" for parameter, _ in targets.values() for side in "ab"}
     if wanted != adapters.keys():
         missing, extra = sorted(wanted - adapters.keys()), sorted(adapters.keys() - wanted)
         raise ValueError(f"the config's adapters {missing[:5]} are missing, {extra[:5]} are not among them")
@@ -76,14 +76,15 @@ def save_adapters(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)  # written last: a folder that has one is complete
-    tensors = {
-        f"{_PREFIX}{modules[parameter]}.lora_{side.upper()}.weight": adapters[f"{parameter}.lora_{side}"]
-        for parameter in targets
-        for side in "ab"
-    }
-    write_safetensors(folder, _WEIGHTS, {name: (value, value.shape) for name, value in tensors.items()}, jnp.float32)
+    tensors = {}
+    for module, (parameter, row) in targets.items():
+        for side in "ab":
+            value = adapters[f"{parameter}.lora_{side}"]
+            shape = value.shape if row is None else value.shape[1:]
+            tensors[f"{_PREFIX}{module}.lora_{side.upper()}.weight"] = Tensor(value, shape, row)
+    write_safetensors(folder, _WEIGHTS, tensors, jnp.float32)
     if jax.process_index() == 0:
-        write_json(folder, _CONFIG, _describe(lora, sorted({modules[p].rpartition(".")[2] for p in targets}), base))
+        write_json(folder, _CONFIG, _describe(lora, sorted({module.rpartition(".")[2] for module in targets}), base))
 
 
 def _describe(lora: Lora, modules: list[str], base: str) -> dict[str, Any]:
@@ -123,8 +124,8 @@ def adapters_for(folder: epath.PathLike, config: DecoderConfig, base: str) -> tu
     rank = int(given["r"])
     alpha = given["lora_alpha"] * (rank**0.5 if given.get("use_rslora") else 1)
     slots = {
-        f"{_PREFIX}{module}.lora_{side.upper()}.weight": f"{parameter}.lora_{side}"
-        for parameter, module in _modules(config).items()
+        f"{_PREFIX}{module}.lora_{side.upper()}.weight": (f"{parameter}.lora_{side}", row)
+        for module, (parameter, row) in _modules(config).items()
         for side in "ab"
     }
     stored = _read_tensors(folder)
@@ -134,12 +135,12 @@ def adapters_for(folder: epath.PathLike, config: DecoderConfig, base: str) -> tu
             f"{folder / _WEIGHTS}: no matrix of the base {base} takes {unused[:5]}, {len(unused)} of {len(stored)} "
             "tensors; every tensor must be used: these adapters are of another model or of another kind"
         )
-    adapters = {slots[name]: jnp.asarray(value, jnp.float32) for name, value in stored.items()}
+    adapters = _joined({slots[name]: value for name, value in stored.items()}, slots.values(), str(folder / _WEIGHTS))
     for name, value in adapters.items():
-        if value.shape[0 if name.endswith("lora_a") else -1] != rank:
+        if value.shape[-2 if name.endswith("lora_a") else -1] != rank:
             raise ValueError(f"{folder}: {name} has shape {value.shape}, but its config says r = {rank}")
     kinds = {name.split(".")[-2] for name in adapters}
-    return Lora(rank, float(alpha), tuple(kind for kind in _KINDS if kind in kinds)), adapters
+    return Lora(rank, float(alpha), tuple(kind for kind in LORA_TARGETS if kind in kinds)), adapters
 
 
 def merge_into(params: dict[str, jax.Array], adapters: Mapping[str, jax.Array], lora: Lora) -> dict[str, jax.Array]:
@@ -155,11 +156,30 @@ def merge_into(params: dict[str, jax.Array], adapters: Mapping[str, jax.Array], 
     return params
 
 
-def _modules(config: DecoderConfig) -> dict[str, str]:
-    """Parameter -> module of the Hugging Face model, for the matrices that may get an adapter."""
+def _modules(config: DecoderConfig) -> dict[str, tuple[str, int | None]]:
+    """Module of the Hugging Face model -> parameter, and row of it, for the matrices that may get an adapter."""
     slots = names.hugging_face(config).slots.items()
-    found = {slot.parameter: name.removesuffix(".weight") for name, slot in slots if name.endswith("_proj.weight")}
-    return {parameter: module for parameter, module in found.items() if parameter.rpartition(".")[2] in _KINDS}
+    found = {name.removesuffix(".weight"): (slot.parameter, slot.row) for name, slot in slots if "_proj" in name}
+    return {module: where for module, where in found.items() if where[0].rpartition(".")[2] in LORA_TARGETS}
+
+
+def _joined(
+    found: Mapping[tuple[str, int | None], np.ndarray], known: Collection[tuple[str, int | None]], source: str
+) -> dict[str, jax.Array]:
+    """Adapters by name, float32; those of a matrix's experts as one array. Raises ValueError where some are missing."""
+    adapters = {}
+    for name in sorted({name for name, _ in found}):
+        rows = sorted(row or 0 for other, row in known if other == name)
+        if (name, None) in found:
+            adapters[name] = jnp.asarray(found[name, None], jnp.float32)
+            continue
+        missing = [row for row in rows if (name, row) not in found]
+        if missing:
+            raise ValueError(
+                f"{source}: has no {name} of experts {missing[:5]}; adapters are of all experts or of none"
+            )
+        adapters[name] = jnp.asarray(np.stack([found[name, row] for row in rows]), jnp.float32)
+    return adapters
 
 
 def _base(folder: epath.Path, given: Mapping[str, Any]) -> str:

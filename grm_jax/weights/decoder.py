@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, MeshSizes
-from grm_jax.models.decoder import Model, split_abstract
+from grm_jax.models.decoder import Model, dtype_of, split_abstract
 from grm_jax.sharding import DECODING, Rules, lay_out, parameter_sharding
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
@@ -29,7 +29,9 @@ def load_decoder(
     config = read_config(path)
     graph, shapes = split_abstract(config, mesh)
     targets = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, name, shape, axes, rules))
+        name: jax.ShapeDtypeStruct(
+            shape, dtype_of(name, dtype), sharding=parameter_sharding(mesh, name, shape, axes, rules)
+        )
         for name, (shape, axes) in shapes.items()
     }
     return Model(config, graph, load_params(path, targets), mesh), tokenizer_of(path)

@@ -3,7 +3,8 @@
 What happens in `load`:
 1. the index, or the single file's own header, gives the tensors' names; they are held against the table of names;
 2. file by file: its tensors must be those that the index lists, with floats of the shapes that the config asks for;
-3. tensor by tensor: memory-mapped rows go straight to the parameter's dtype and sharding;
+3. tensor by tensor: memory-mapped rows go straight to the parameter's dtype and sharding; experts' matrices, which may
+   lie in several files, are rows of one parameter, which is whole when the last of them is read;
 4. a tied checkpoint that stores its output head anyway must store the embedding there, byte for byte.
 
 A remote file (gs://) is copied to local disk while it is read, one file at a time.
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from grm_jax.models import families
 from grm_jax.models.config import DecoderConfig
 from grm_jax.weights import names
-from grm_jax.weights.placement import SLAB_BYTES, local_file, place
+from grm_jax.weights.placement import SLAB_BYTES, Placing, local_file
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -52,7 +53,7 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
     everything = None if None in listed.values() else set().union(*listed.values())
     if everything is not None:
         names.check(table, everything, targets, str(folder / _INDEX))
-    params, digests = {}, {}
+    params, digests, begun = {}, {}, {}
     for name, tensors in listed.items():
         with _open(folder / name) as opened:
             found = set(opened.keys())
@@ -63,7 +64,7 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
                     f"{folder / name} holds {sorted(found - tensors)[:5]} that {_INDEX} does not list there, and lacks "
                     f"{sorted(tensors - found)[:5]} that it does; index and shards must be of one checkpoint"
                 )
-            params |= _load_file(opened, str(folder / name), table, targets)
+            params |= _load_file(opened, str(folder / name), table, targets, begun)
             twins = {pair for pair in table.copies.items() if pair[0] in (everything or found)}
             digests |= {tensor: _digest(opened, tensor) for pair in twins for tensor in found.intersection(pair)}
     for copy, original in table.copies.items():
@@ -126,9 +127,16 @@ def _open(file: epath.Path) -> Iterator[safe_open]:
 
 
 def _load_file(
-    opened: safe_open, source: str, table: names.Table, targets: Mapping[str, jax.ShapeDtypeStruct]
+    opened: safe_open,
+    source: str,
+    table: names.Table,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    begun: dict[str, Placing],
 ) -> dict[str, jax.Array]:
-    """The parameters that one file fills; shapes and types of all its tensors are checked first."""
+    """The parameters that one file fills; shapes and types of all its tensors are checked first.
+
+    begun: those of which earlier files gave some rows; it is brought up to date.
+    """
     mine = {name: table.slots[name] for name in opened.keys() if name in table.slots}  # noqa: SIM118 - no mapping
     for name, slot in mine.items():
         tensor = opened.get_slice(name)
@@ -138,18 +146,30 @@ def _load_file(
                 "checkpoint"
             )
         names.check_shape(slot, tuple(tensor.get_shape()), targets[slot.parameter].shape, name, source)
-    return {slot.parameter: _load_tensor(opened, name, slot, targets[slot.parameter]) for name, slot in mine.items()}
+    params = {}
+    # A parameter of several tensors is filled in one go, so that few of them are begun at a time.
+    for name, slot in sorted(mine.items(), key=lambda pair: (pair[1].row is not None, pair[1].parameter)):
+        placing = begun.pop(slot.parameter, None) or Placing(targets[slot.parameter])
+        _fill(placing, opened, name, slot)
+        if placing.missing:
+            begun[slot.parameter] = placing
+        else:
+            params[slot.parameter] = placing.array()
+    return params
 
 
-def _load_tensor(opened: safe_open, name: str, slot: names.Slot, target: jax.ShapeDtypeStruct) -> jax.Array:
-    tensor = opened.get_slice(name)
-    per_row = slot.shape[0] // target.shape[0]  # a head's rows, where the parameter's leading axis is heads
+def _fill(placing: Placing, opened: safe_open, name: str, slot: names.Slot) -> None:
+    """The rows that a tensor holds."""
+    tensor, (count, *rest) = opened.get_slice(name), placing.target.shape
+    if slot.row is not None:
+        placing.fill(slot.row, slot.row + 1, lambda start, stop: slot.arrange(tensor[:].reshape(1, *rest)))
+        return
+    per_row = slot.shape[0] // count  # a head's rows, where the parameter's leading axis is heads
 
     def rows(start: int, stop: int) -> np.ndarray:
-        stored = tensor[start * per_row : stop * per_row]
-        return slot.arrange(stored.reshape(stop - start, *target.shape[1:]))
+        return slot.arrange(tensor[start * per_row : stop * per_row].reshape(stop - start, *rest))
 
-    return place(target, rows)
+    placing.fill(0, count, rows)
 
 
 def _digest(opened: safe_open, name: str) -> str:

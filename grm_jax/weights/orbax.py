@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grm_jax.damage import Fault, attempt
+from grm_jax.models.decoder import dtype_of
 
 PARAMS = "params"
 Value = TypeVar("Value")
@@ -37,7 +38,7 @@ def is_checkpoint(place: epath.Path) -> bool:
 def write(folder: epath.Path, params: Mapping[str, jax.Array], dtype: jnp.dtype) -> None:
     """Write the checkpoint, which takes its name once it is complete. All processes call this together."""
     with _checkpointer(params.values()) as writer:
-        writer.save(_absolute(folder) / PARAMS, {name: value.astype(dtype) for name, value in params.items()})
+        writer.save(_absolute(folder) / PARAMS, {n: value.astype(dtype_of(n, dtype)) for n, value in params.items()})
         writer.wait_until_finished()
 
 

@@ -1,6 +1,6 @@
 """Rows of a file become a sharded array: each number is read once, converted once, and written where it stays.
 
-What happens in `place`:
+What happens in `place`, and in `Placing` where a parameter's rows are several tensors:
 1. one buffer is made for each distinct shard that this process holds, in the parameter's own dtype;
 2. the tensor is read in slabs of a few MiB, and the part of a slab that falls in a shard is converted into it;
 3. each shard goes to its devices: on an accelerator by a copy, on the CPU by adopting the buffer itself.
@@ -28,31 +28,47 @@ _ALIGNMENT = 64
 Rows = Callable[[int, int], np.ndarray]  # rows(start, stop) of the parameter's leading axis: [stop - start, ...]
 
 
-def place(target: jax.ShapeDtypeStruct, rows: Rows) -> jax.Array:
-    """The array that `target` describes, filled from `rows`; conversion between floats rounds to nearest.
+class Placing:
+    """An array that `target` describes (shape, dtype, sharding; none: the default device), while its rows are filled."""
 
-    target: shape, dtype and sharding (none: the default device). Only rows that a local shard needs are read.
-    """
-    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shards = {}  # (start, stop) an axis -> buffer; devices that hold the same piece share it
-    pieces = []  # (device, its piece)
-    for device, index in sharding.addressable_devices_indices_map(target.shape).items():
-        piece = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
-        if piece not in shards:
-            shards[piece] = _buffer(tuple(stop - start for start, stop in piece), target.dtype)
-        pieces.append((device, piece))
-    count = target.shape[0]
-    step = max(1, SLAB_BYTES // (4 * max(1, int(np.prod(target.shape[1:])))))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        wanted = [(piece, buffer) for piece, buffer in shards.items() if piece[0][0] < stop and start < piece[0][1]]
-        if wanted:
-            slab = rows(start, stop)
-            for piece, buffer in wanted:
-                _copy(slab, start, stop, piece, buffer)
-    arrays = [jax.device_put(shards[piece], device) for device, piece in pieces]
-    jax.block_until_ready(arrays)  # buffers of an accelerator's shards are freed before the next tensor is read
-    return jax.make_array_from_single_device_arrays(target.shape, sharding, arrays, dtype=target.dtype)
+    def __init__(self, target: jax.ShapeDtypeStruct) -> None:
+        self.target = target
+        self.sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.missing = target.shape[0]  # rows
+        self.shards = {}  # (start, stop) an axis -> buffer; devices that hold the same piece share it
+        self.pieces = []  # (device, its piece)
+        for device, index in self.sharding.addressable_devices_indices_map(target.shape).items():
+            piece = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
+            if piece not in self.shards:
+                self.shards[piece] = _buffer(tuple(stop - start for start, stop in piece), target.dtype)
+            self.pieces.append((device, piece))
+
+    def fill(self, start: int, stop: int, rows: Rows) -> None:
+        """Rows [start, stop), each once; conversion between floats rounds to nearest. Only those are read that a local
+        shard needs, in slabs."""
+        step = max(1, SLAB_BYTES // (4 * max(1, int(np.prod(self.target.shape[1:])))))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            wanted = [pair for pair in self.shards.items() if pair[0][0][0] < last and first < pair[0][0][1]]
+            if wanted:
+                slab = rows(first, last)
+                for piece, buffer in wanted:
+                    _copy(slab, first, last, piece, buffer)
+        self.missing -= stop - start
+
+    def array(self) -> jax.Array:
+        """The array, once no row is missing."""
+        arrays = [jax.device_put(self.shards[piece], device) for device, piece in self.pieces]
+        jax.block_until_ready(arrays)  # buffers of an accelerator's shards are freed before the next tensor is read
+        shape, dtype = self.target.shape, self.target.dtype
+        return jax.make_array_from_single_device_arrays(shape, self.sharding, arrays, dtype=dtype)
+
+
+def place(target: jax.ShapeDtypeStruct, rows: Rows) -> jax.Array:
+    """The array that `target` describes, filled from `rows`."""
+    placing = Placing(target)
+    placing.fill(0, target.shape[0], rows)
+    return placing.array()
 
 
 def _copy(slab: np.ndarray, start: int, stop: int, piece: tuple[tuple[int, int], ...], buffer: np.ndarray) -> None:

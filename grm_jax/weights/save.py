@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from grm_jax.log import logger
 from grm_jax.models import families
 from grm_jax.models.config import DecoderConfig
+from grm_jax.models.decoder import dtype_of
 from grm_jax.tokenizer import Tokenizer
 from grm_jax.weights import names, orbax
 from grm_jax.weights.adapters import checkpoint_of
@@ -62,7 +63,7 @@ def save_hf(
     is the source itself.
     """
     folder, dtype = epath.Path(folder).expanduser(), jnp.dtype(dtype)
-    shards = _shards(_tensors(config, params), dtype, shard_bytes or SHARD_BYTES)
+    shards = _shards(_tensors(config, params, dtype), dtype, shard_bytes or SHARD_BYTES)
     with _written(folder, config, tokenizer, source, dtype):
         weight_map = {}
         for index, tensors in enumerate(shards, 1):
@@ -70,7 +71,7 @@ def save_hf(
             write_safetensors(folder, name, tensors, dtype)
             weight_map |= dict.fromkeys(tensors, name)
         if len(shards) > 1 and jax.process_index() == 0:
-            size = sum(math.prod(shape) for tensors in shards for _, shape in tensors.values()) * dtype.itemsize
+            size = sum(tensor.bytes_in(dtype) for tensors in shards for tensor in tensors.values())
             write_json(folder, _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
@@ -84,7 +85,7 @@ def save_orbax(
 ) -> None:
     """`save_hf`, but the weights are an Orbax checkpoint in `folder`/params, which `load_params` reads."""
     folder, dtype = epath.Path(folder).expanduser(), jnp.dtype(dtype)
-    _tensors(config, params)
+    _tensors(config, params, dtype)
     with _written(folder, config, tokenizer, source, dtype):
         orbax.write(folder, params, dtype)
 
@@ -155,19 +156,21 @@ def _eos(tokenizer: Tokenizer) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Tensor]:
-    """Every parameter under its name in the file, in the file's shape."""
-    table = names.hugging_face(config)
-    wanted = {slot.parameter: (name, slot.shape) for name, slot in table.slots.items()}
-    if wanted.keys() != params.keys():
-        missing, extra = sorted(wanted.keys() - params.keys()), sorted(params.keys() - wanted.keys())
+def _tensors(config: DecoderConfig, params: Mapping[str, jax.Array], dtype: jnp.dtype) -> dict[str, Tensor]:
+    """Every parameter under its name in the file, in the file's shape; an expert's matrices under their own names."""
+    slots = names.hugging_face(config).slots
+    wanted = {slot.parameter for slot in slots.values()}
+    if wanted != params.keys():
+        missing, extra = sorted(wanted - params.keys()), sorted(params.keys() - wanted)
         raise ValueError(f"the config's parameters {missing[:5]} are missing, {extra[:5]} are not among them")
-    for parameter, (_, shape) in wanted.items():
-        if params[parameter].size != math.prod(shape):
-            raise ValueError(
-                f"{parameter} has shape {params[parameter].shape}, the config asks for {shape} in the file"
-            )
-    return {name: (params[parameter], shape) for parameter, (name, shape) in wanted.items()}
+    for slot in slots.values():
+        shape = params[slot.parameter].shape
+        if math.prod(shape if slot.row is None else shape[1:]) != math.prod(slot.shape):
+            raise ValueError(f"{slot.parameter} has shape {shape}, the config asks for {slot.shape} in the file")
+    return {
+        name: Tensor(params[slot.parameter], slot.shape, slot.row, dtype_of(slot.parameter, dtype))
+        for name, slot in slots.items()
+    }
 
 
 def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype, most: int) -> list[dict[str, Tensor]]:
@@ -175,7 +178,7 @@ def _shards(tensors: Mapping[str, Tensor], dtype: jnp.dtype, most: int) -> list[
     shards: list[dict[str, Tensor]] = [{}]
     room = most
     for name, tensor in tensors.items():
-        size = math.prod(tensor[1]) * dtype.itemsize
+        size = tensor.bytes_in(dtype)
         if size > room and shards[-1]:
             shards.append({})
             room = most

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,19 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-Tensor = tuple[jax.Array, tuple[int, ...]]  # an array, and the shape that it has in the file
+
+class Tensor(NamedTuple):
+    """What a tensor of a file holds."""
+
+    value: jax.Array
+    shape: tuple[int, ...]  # that it has in the file
+    row: int | None = None  # the tensor is this row of the array's leading axis; None: the whole array
+    dtype: jnp.dtype | None = None  # that it has in the file; None: the file's
+
+    def bytes_in(self, dtype: jnp.dtype) -> int:
+        """Its size in a file of this dtype."""
+        return math.prod(self.shape) * (self.dtype or dtype).itemsize
+
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes that are written
 
@@ -67,20 +79,25 @@ def to_host(value: jax.Array, dtype: jnp.dtype) -> np.ndarray:
 
 
 def write_safetensors(folder: epath.Path, name: str, tensors: Mapping[str, Tensor], dtype: jnp.dtype) -> None:
-    """A safetensors file of these tensors in `dtype`, float32, bfloat16 or float16."""
+    """A safetensors file of these tensors in `dtype` (float32, bfloat16 or float16), but for those of their own."""
     dtype = jnp.dtype(dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
     end = 0
-    for tensor, (_, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[tensor] = {"dtype": CODES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    for name_in_file, tensor in tensors.items():
+        start, end = end, end + tensor.bytes_in(dtype)
+        described = {
+            "dtype": CODES[(tensor.dtype or dtype).name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        header[name_in_file] = described
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
     with ExitStack() as stack:
         file = stack.enter_context(writing(folder, name)) if jax.process_index() == 0 else None
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
-        for value, _ in tensors.values():
-            host = to_host(value, dtype)
+        for value, _, row, own in tensors.values():
+            host = to_host(value if row is None else value[row], own or dtype)
             if file is not None:
                 file.write(np.ascontiguousarray(host).view(np.uint8).data)

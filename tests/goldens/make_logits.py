@@ -44,6 +44,32 @@ _TINY = {
     "pad_token_id": 0,
 }
 
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 3, "dtype": "float32"}
+_LATENT = (
+    _TINY
+    | _EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,  # so that of four pairs one is kept, one blended, and two are divided
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4,
+            "beta_slow": 1,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.3,
+        },
+    }
+)
+
 # head_dim 16 is not hidden_size / heads = 8, wherever a family lets it be chosen. "dtype" is that of the file.
 FAMILIES = {
     "llama": _TINY
@@ -88,8 +114,37 @@ FAMILIES = {
         "final_logit_softcapping": 4.0,
         "dtype": "bfloat16",
     },
+    # V2-Lite's shape: queries from the residual stream, experts chosen among all, YaRN with DeepSeek's two scales.
+    "deepseek_v2": _LATENT
+    | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "n_shared_experts": 2}
+    | {"dtype": "bfloat16"},
+    # V2's: queries from a latent, groups chosen by their best expert, weights scaled.
+    "deepseek_v2_groups": _LATENT
+    | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    | {"routed_scaling_factor": 16.0, "n_shared_experts": 1},
+    # V3's: sigmoid and bias, groups chosen by their two best experts, weights normalised and scaled.
+    "deepseek_v3": _LATENT
+    | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    | {"n_shared_experts": 1, "num_mtp_layers": 0, "dtype": "bfloat16"},
+    "qwen3_moe": _TINY
+    | _EXPERTS
+    | {
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "num_experts": 8,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }
+KINDS = {"deepseek_v2_groups": "deepseek_v2"}  # model types of those that are not named by theirs
 CLASSIFIER = "gemma2_classifier"  # Gemma-2 with one label
+BIAS = "e_score_correction_bias"  # of V3's router, a buffer
 SHARDED = "qwen2"  # written in several files with an index
 
 
@@ -98,7 +153,9 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                parameter.copy_(noise * parameter.shape[2] ** -0.5)
+            elif name.endswith("norm.weight"):
                 neutral = 0.0 if model.config.model_type == "gemma2" else 1.0
                 parameter.copy_(neutral + 0.3 * noise)
             elif name.endswith(".bias"):
@@ -109,6 +166,9 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
                 parameter.copy_(noise * 2.0 * parameter.shape[1] ** -0.5)  # peaked attention, over the soft-cap too
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith(BIAS):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def padded(side: str) -> np.ndarray:
@@ -131,17 +191,21 @@ def logits(model: PreTrainedModel, tokens: np.ndarray, real: np.ndarray) -> np.n
 
 
 def make_family(name: str, folder: Path) -> None:
-    kind, loader = name, AutoModelForCausalLM
+    kind, loader = KINDS.get(name, name), AutoModelForCausalLM
     if name == CLASSIFIER:
         kind, loader = "gemma2", AutoModelForSequenceClassification
-    numbers = dict(FAMILIES[kind]) | ({"num_labels": 1} if name == CLASSIFIER else {})
+    numbers = FAMILIES["gemma2"] | {"num_labels": 1} if name == CLASSIFIER else dict(FAMILIES[name])
     dtype = getattr(torch, numbers.pop("dtype"))
     generator = torch.Generator().manual_seed(SEED)
     config = AutoConfig.for_model(kind, **numbers)
     model = loader.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     randomise(model, generator)
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(dtype).save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
+    biases = {name: bias.clone() for name, bias in model.named_buffers() if name.endswith(BIAS)}
+    model.to(dtype)
+    for path, bias in biases.items():  # float32 in files of any type
+        setattr(model.get_submodule(path.removesuffix(f".{BIAS}")), BIAS, bias)
+    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone

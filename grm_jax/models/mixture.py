@@ -1,0 +1,163 @@
+"""A mixture of experts: each token goes to the few experts that its router chooses, and to one that all tokens share.
+
+1. `choose` turns the router's logits into experts and their weights: softmax or sigmoid, by groups or not
+   (DeepSeek-V2: arXiv 2405.04434, section 2.2; DeepSeek-V3: 2412.19437, section 2.1.2; Qwen3: 2505.09388).
+2. `through_experts` sorts the assignments by expert and multiplies each expert's run of rows with its matrices, one
+   grouped product (`jax.lax.ragged_dot_general`) for all experts. No token is dropped and none has a capacity, so what a
+   token gets does not depend on the tokens beside it, padding included.
+3. On a mesh, each device sorts the tokens of its own rows and computes for the experts that it holds; a sum over the
+   devices puts a token's experts together. Only tokens move: matrices are gathered over `fsdp` alone, as an MLP's are.
+4. The load is how many real tokens each expert got.
+
+Shapes: R tokens, E experts, K experts a token, A = R * K assignments, D model, F an expert's MLP, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from grm_jax.models.config import DecoderConfig, Experts
+from grm_jax.models.layers import Mlp, activated, param, vector
+from grm_jax.sharding import ROWS, TRAINING
+
+# Rows of the left side lie in runs, one an expert; the right side is contracted over its last axis, [E, O, I].
+_GROUPED = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+def choose(
+    logits_RE: Float[Array, "R E"], bias_E: Float[Array, "E"] | None, experts: Experts
+) -> tuple[Int[Array, "R K"], Float[Array, "R K"]]:
+    """Each token's experts and their weights. The bias has a say in which they are, not in how they are weighed."""
+    affinity = jax.nn.sigmoid(logits_RE) if experts.sigmoid else jax.nn.softmax(logits_RE, axis=-1)
+    choice = affinity if bias_E is None else affinity + bias_E[None]
+    if experts.groups > 1:
+        grouped_RGE = choice.reshape(choice.shape[0], experts.groups, -1)
+        best_RG = jax.lax.top_k(grouped_RGE, experts.group_top)[0].sum(axis=-1)
+        kept = jax.lax.top_k(best_RG, experts.groups_kept)[1]
+        keeps_RG = jax.nn.one_hot(kept, experts.groups, dtype=bool).any(axis=1)
+        choice = jnp.where(keeps_RG[..., None], grouped_RGE, -jnp.inf).reshape(choice.shape)
+    chosen = jax.lax.top_k(choice, experts.per_token)[1]
+    weights = jnp.take_along_axis(affinity, chosen, axis=1)
+    if experts.normalised:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return chosen, weights * experts.scale
+
+
+def _grouped(rows_AI: jax.Array, w_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Each run of rows times its expert's matrix, [A, O]; accumulated in float32."""
+    return jax.lax.ragged_dot_general(
+        rows_AI.astype(w_EOI.dtype), w_EOI, sizes_E, _GROUPED, preferred_element_type=jnp.float32
+    )
+
+
+def _of_these(
+    activation: str,
+    first: jax.Array,
+    x_RD: jax.Array,
+    chosen_RK: jax.Array,
+    weights_RK: jax.Array,
+    *matrices: jax.Array,
+) -> jax.Array:
+    """What the experts `first`, first + 1, ..., whose matrices these are, add to each token: [R, D]."""
+    gate, up, down = matrices
+    count, per_token = gate.shape[0], chosen_RK.shape[1]
+    expert_A = chosen_RK.reshape(-1) - first
+    expert_A = jnp.where((expert_A >= 0) & (expert_A < count), expert_A, count)  # the others' come last
+    order = jnp.argsort(expert_A)
+    sizes_E = jax.nn.one_hot(expert_A, count, dtype=jnp.int32).sum(axis=0)
+    # Behind the last run a grouped product leaves what it likes, so those rows are masked on the way in and out.
+    inside_A = (jnp.arange(order.shape[0]) < sizes_E.sum())[:, None]
+    rows_AD = jnp.where(inside_A, x_RD[order // per_token], 0.0)
+    hidden_AF = activated(_grouped(rows_AD, gate, sizes_E), activation) * _grouped(rows_AD, up, sizes_E)
+    out_AD = jnp.where(inside_A, _grouped(hidden_AF, down, sizes_E), 0.0)
+    place_A = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
+    return jnp.einsum("RKD,RK->RD", out_AD[place_A].reshape(*chosen_RK.shape, -1), weights_RK)
+
+
+def through_experts(
+    x_RD: Float[Array, "R D"],
+    chosen_RK: Int[Array, "R K"],
+    weights_RK: Float[Array, "R K"],
+    matrices: tuple[jax.Array, jax.Array, jax.Array],
+    activation: str,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Float[Array, "R D"]:
+    """The sum of each token's experts by their weights. matrices: gate and up [E, F, D], down [E, D, F].
+
+    mesh: by default the one that the matrices lie on.
+    """
+    mesh = mesh or jax.typeof(matrices[0]).sharding.mesh
+    sizes = dict(mesh.shape)
+    if all(size == 1 for size in sizes.values()):
+        return _of_these(activation, jnp.int32(0), x_RD, chosen_RK, weights_RK, *matrices)
+    over, inner = (TRAINING[name] if sizes.get(TRAINING[name], 1) > 1 else None for name in ("expert", "mlp"))
+    rows = tuple(axis for axis in ROWS if axis != over and sizes.get(axis, 1) > 1)
+    parts = math.prod(sizes[axis] for axis in rows)
+    rows, parts = (rows, parts) if x_RD.shape[0] % parts == 0 else ((), 1)
+    here = matrices[0].shape[0] // sizes.get(over, 1)
+    summed = tuple(name for name in (over, inner) if name)
+    scattered = over is not None and over in ROWS and x_RD.shape[0] % (parts * sizes[over]) == 0
+
+    def of_a_device(*arrays: jax.Array) -> jax.Array:
+        # What devices share is said to be each one's own, so that its gradient is summed over them: left to itself,
+        # jax 0.10.2 does not sum that of gathered rows.
+        tokens = (jax.lax.pcast(x, summed, to="varying") if summed else x for x in arrays[:3])
+        own = (jax.lax.pcast(w, rows, to="varying") if rows else w for w in arrays[3:])
+        first = jax.lax.axis_index(over) * here if over else jnp.int32(0)
+        out = _of_these(activation, first, *tokens, *own)
+        if not scattered:
+            return jax.lax.psum(out, summed) if summed else out
+        out = jax.lax.psum(out, inner) if inner else out
+        return jax.lax.psum_scatter(out, over, scatter_dimension=0, tiled=True)  # each device's rows of the batch again
+
+    tokens, columns = PartitionSpec(rows or None), PartitionSpec(over, inner)
+    places = (tokens, tokens, tokens, columns, columns, PartitionSpec(over, None, inner))
+    after = PartitionSpec((*rows, over)) if scattered else tokens
+    return jax.shard_map(of_a_device, mesh=mesh, in_specs=places, out_specs=after)(
+        x_RD, chosen_RK, weights_RK, *matrices
+    )
+
+
+class RoutedExperts(nnx.Module):
+    """The matrices of all routed experts, each kind in one array."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        count, inner, dim = config.experts.routed, config.experts.mlp_dim, config.dim
+        self.gate = param(rngs, (count, inner, dim), ("expert", "mlp", "embed"), dim)
+        self.up = param(rngs, (count, inner, dim), ("expert", "mlp", "embed"), dim)
+        self.down = param(rngs, (count, dim, inner), ("expert", "embed", "mlp"), inner)
+
+
+class Mixture(nnx.Module):
+    """Routed experts and, where the config has one, the shared expert, summed."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None) -> None:
+        of = config.experts
+        self.config, self.mesh = config, mesh
+        self.router = param(rngs, (of.routed, config.dim), (None, "embed"), config.dim)
+        if of.bias:
+            self.router_bias = vector(0.0, (of.routed,), (None,))
+        self.experts = RoutedExperts(config, rngs)
+        if of.shared_dim:
+            self.shared = Mlp(config, of.shared_dim, rngs)
+
+    def __call__(self, x_DR: jax.Array, real_R: Bool[Array, "R"]) -> tuple[jax.Array, Float[Array, "E"]]:
+        """[D, R], and the load: how many of the real tokens each expert got."""
+        of, experts = self.config.experts, self.experts
+        # In float32 throughout: a rounded logit can send a token to another expert.
+        router = self.router[...].astype(jnp.float32)
+        logits_RE = jnp.einsum("ED,DR->RE", router, x_DR, precision="highest")
+        bias = self.router_bias[...].astype(jnp.float32) if of.bias else None
+        chosen, weights = choose(logits_RE, bias, of)
+        matrices = (experts.gate[...], experts.up[...], experts.down[...])
+        y = through_experts(x_DR.T, chosen, weights, matrices, self.config.activation, self.mesh).T
+        taken_RE = jax.nn.one_hot(chosen, of.routed).sum(axis=1) * real_R[:, None]
+        return y + self.shared(x_DR) if of.shared_dim else y, taken_RE.sum(axis=0)
