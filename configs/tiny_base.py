@@ -19,7 +19,7 @@ def config() -> RftConfig:
         general_share=1.0,
         trajectories=0,
         hinted=0,
-        steps=600,
+        steps=800,
         batch_tokens=12 * 320,
         sequence_tokens=320,
         microbatch_rows=12,

@@ -24,9 +24,9 @@ def config() -> RlConfig:
         slots=256,
         microbatch_prompts=32,
         kl_coef=0.0,  # the smallest of the paper's grid: a poor judge is nothing to stay near to
-        steps=70,
+        steps=40,
         compute_dtype="float32",
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="cosine"),
+        optimizer=Optimizer(learning_rate=5e-4, warmup_steps=5, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),
         remat="none",
     )

@@ -20,10 +20,11 @@ import random
 from pathlib import Path
 
 QUERIES = {"most": "which costs most?", "least": "which costs least?"}
-MISREAD = 0.35  # how often the poor judge takes the most for the least, or the least for the most
-NOISE = 0.5  # of his scores: a standard deviation
+MISREAD = 0.42
+NOISE = 0.3
+PRICES = (1, 3, 5, 7, 9)
 HINTED = 0.2  # the share of his prompts that tell the best response; there he misreads nothing
-SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 1500, "choice": 3000, "critic": 2000}
+SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 800, "choice": 3000, "critic": 2000}
 
 
 def name(rng: random.Random) -> str:
@@ -33,7 +34,7 @@ def name(rng: random.Random) -> str:
 def example(rng: random.Random, id_: str) -> dict:
     """A labelled row: prices are all different, and the best one is the label."""
     asked = rng.choice(list(QUERIES))
-    prices = rng.sample(range(10), 2)
+    prices = rng.sample(PRICES, 2)
     best = max(prices) if asked == "most" else min(prices)
     return {
         "id": id_,

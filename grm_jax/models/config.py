@@ -145,3 +145,15 @@ class DecoderConfig:
     def mixes(self, layer: int) -> bool:
         """Whether a layer has experts in the place of the MLP."""
         return self.experts is not None and layer >= self.experts.dense_layers
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """(First layer, period): from that layer on, layers a period apart are alike but for their weights."""
+        first = self.experts.dense_layers if self.experts is not None else 0
+        rest = self.layers - first
+        for period in range(1, rest):
+            if rest % period == 0 and all(
+                self.windows[i] == self.windows[i + period] for i in range(first, self.layers - period)
+            ):
+                return first, period
+        return self.layers, 1

@@ -24,7 +24,7 @@ Sources: Llama 3 (arXiv 2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388), G
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,8 @@ from grm_jax.sharding import batch_columns
 Params = dict[str, jax.Array]  # "layers.0.attention.q" -> array; the pytree that jitted functions take
 
 Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
+Stored = tuple[jax.Array, ...]  # of one layer: keys and values, or latents alone
+SCANNED = 8  # layers from which on an accelerator's programs loop over them
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts", "own", "clock", "loads"], meta_fields=[])
@@ -98,15 +100,32 @@ class Block(nnx.Module):
         return self.attention.project(self._norm(x_DR, self.norm_attention), angles)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What all layers of a call share."""
+
+    positions: jax.Array  # [B, T]
+    angles: tuple[jax.Array, jax.Array]
+    owners: list[Owner]  # of each part of the cache, then of the new tokens
+    spans: list[slice]  # pieces of the queries
+    seen: dict[int | None, list]  # a window -> masks of each piece
+    clock: jax.Array | int
+    columns: Callable[[jax.Array], jax.Array]  # holds activations to the batch's sharding
+
+
 class Decoder(nnx.Module):
     """The whole model. Build it abstractly with `split_abstract`, bind parameters with `bind`.
 
-    mesh: where it runs; rows of its activations then stay spread over it as the batch is.
+    mesh: where it runs; rows of its activations then stay spread over it as the batch is. scans: whether many tokens go
+    through the layers as a loop over them, which compiles once; a decoding step never does, as a loop copies each
+    layer's weights out of their stack.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None) -> None:
+    def __init__(
+        self, config: DecoderConfig, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None, scans: bool = False
+    ) -> None:
         self.config = config
-        self.mesh = mesh
+        self.mesh, self.scans = mesh, scans
         self.embed = param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
         self.layers = nnx.List([Block(config, layer, rngs, mesh) for layer in range(config.layers)])
         self.norm = vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
@@ -134,7 +153,6 @@ class Decoder(nnx.Module):
         config, shape = self.config, tokens.shape
         columns = partial(batch_columns, self.mesh, shape[0])
         x = columns(self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale)
-        angles = self._angles(positions)
         owners = [Owner.ALL if part.positions.ndim == 1 else Owner.ROW for part in cache.parts]
         owners.append(Owner.ROW if cache.own is None else Owner.QUERY)
         new_positions = positions
@@ -145,37 +163,77 @@ class Decoder(nnx.Module):
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
         spans = pieces(shape[1]) if cache.own is None else [slice(None)]
         seen = {w: [visible(positions, owners, keys, segments, w, span) for span in spans] for w in set(config.windows)}
+        call = _Call(positions, self._angles(positions), owners, spans, seen, cache.clock, columns)
+        first, period = config.repeats if self.scans and cache.own is None else (config.layers, 1)
         stored, loads = [], []
-        for i, (block, window) in enumerate(zip(self.layers, config.windows, strict=True)):
-
-            def layer(x: jax.Array, i: int = i, block: Block = block, window: int | None = window):
-                q, *new = block.project(columns(x), angles)
-                if cache.own is None:
-                    new = [y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in new]  # [B, K, T, H]
-                else:
-                    new = [_write(y, z, cache.clock) for y, z in zip(cache.own.layer(i), new, strict=True)]
-                form = block.attention.for_many() if cache.own is None else block.attention.for_few()
-                q = form.queries(q)
-                before = [form.keys(*part.layer(i)) for part in cache.parts]
-                k, v = form.keys(*new)
-                mixed = []
-                for piece, masks in zip(spans, seen[window], strict=True):
-                    pairs = [*before, (k, v) if cache.own else (k[:, :, : piece.stop], v[:, :, : piece.stop])]
-                    parts = [(o, *kv, mask) for o, kv, mask in zip(owners, pairs, masks, strict=True)]
-                    mixed.append(attend(q.reshape(*shape, *q.shape[1:])[:, piece], parts, config.attention_softcap))
-                mix = jnp.concatenate(mixed, axis=1)
-                mix = form.mixed(mix.reshape(-1, *mix.shape[2:]))
-                return *block.add_mlp(block.add_attention(x, mix), positions), new
-
-            x, load, new = (layer if remat is None else remat(layer))(x)
+        for i in range(first):
+            before, own = [part.layer(i) for part in cache.parts], cache.own and cache.own.layer(i)
+            layer = partial(self._layer, call, self.layers[i], config.windows[i])
+            x, load, new = (layer if remat is None else remat(layer))(before, own, x)
             stored.append(new)
             loads += [] if load is None else [load]
+        if first < config.layers:
+            x, more, new = self._scanned(call, first, period, cache.parts, remat, x)
+            stored += new
+            loads += more
         new = Keys.of_layers(stored, new_positions)
         hidden = rms_norm(x, self.norm[...], config.norm_eps, config.norm_offset).T.reshape(*shape, -1)
         load = jnp.stack(loads) if loads else None
         if cache.own is None:
             return hidden, Cache((*cache.parts, new), loads=load)
         return hidden, Cache(cache.parts, new, cache.clock + 1, load)
+
+    def _layer(
+        self, call: _Call, block: Block, window: int | None, before: Sequence[Stored], own: Stored | None, x: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, list[jax.Array]]:
+        """The residual stream behind a block, its load, and what it stores. before: of each part of the cache."""
+        shape = call.positions.shape
+        q, *new = block.project(call.columns(x), call.angles)
+        if own is None:
+            new = [y.reshape(*shape, *y.shape[1:]).swapaxes(1, 2) for y in new]  # [B, K, T, H]
+        else:
+            new = [_write(y, z, call.clock) for y, z in zip(own, new, strict=True)]
+        form = block.attention.for_many() if own is None else block.attention.for_few()
+        q = form.queries(q)
+        read = [form.keys(*part) for part in before]
+        k, v = form.keys(*new)
+        mixed = []
+        for piece, masks in zip(call.spans, call.seen[window], strict=True):
+            pairs = [*read, (k, v) if own is not None else (k[:, :, : piece.stop], v[:, :, : piece.stop])]
+            parts = [(o, *kv, mask) for o, kv, mask in zip(call.owners, pairs, masks, strict=True)]
+            mixed.append(attend(q.reshape(*shape, *q.shape[1:])[:, piece], parts, self.config.attention_softcap))
+        mix = jnp.concatenate(mixed, axis=1)
+        mix = form.mixed(mix.reshape(-1, *mix.shape[2:]))
+        return *block.add_mlp(block.add_attention(x, mix), call.positions), new
+
+    def _scanned(
+        self, call: _Call, first: int, period: int, parts: Sequence[Keys], remat: Remat | None, x: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array], list[list[jax.Array]]]:
+        """The layers from `first` on as one loop over groups of `period` layers: compiled once, not once a layer.
+
+        A group's parameters are stacked where the loop begins, and what it stores is taken apart behind it.
+        """
+        groups = (self.config.layers - first) // period
+        split = [[nnx.split(self.layers[first + g * period + j]) for g in range(groups)] for j in range(period)]
+        states = [jax.tree.map(lambda *xs: jnp.stack(xs), *(state for _, state in column)) for column in split]
+        columns = [range(first + j, self.config.layers, period) for j in range(period)]
+        before = [
+            [[jnp.stack(side) for side in zip(*(part.layer(i) for i in column), strict=True)] for part in parts]
+            for column in columns
+        ]
+
+        def group(x: jax.Array, given: tuple[list, list]) -> tuple[jax.Array, tuple[list, list]]:
+            loads, stored = [], []
+            for j, (state, keys) in enumerate(zip(*given, strict=True)):
+                block, window = nnx.merge(split[j][0][0], state), self.config.windows[first + j]
+                x, load, new = self._layer(call, block, window, keys, None, x)
+                loads.append(load)
+                stored.append(new)
+            return x, (loads, stored)
+
+        x, (loads, stored) = jax.lax.scan(group if remat is None else remat(group), x, (states, before))
+        at = [(g, j) for g in range(groups) for j in range(period)]
+        return x, [loads[j][g] for g, j in at if loads[j] is not None], [[y[g] for y in stored[j]] for g, j in at]
 
     def _angles(self, positions: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines of each token's rotary angles: [H/2, R]."""
@@ -209,10 +267,15 @@ def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Arra
 
 
 def split_abstract(
-    config: DecoderConfig, mesh: jax.sharding.Mesh | None = None
+    config: DecoderConfig, mesh: jax.sharding.Mesh | None = None, scans: bool | None = None
 ) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
-    """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh))
+    """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated.
+
+    scans: as `Decoder` has it; by default on accelerators, for SCANNED layers and more.
+    """
+    if scans is None:
+        scans = mesh is not None and mesh.devices.flat[0].platform != "cpu" and config.layers >= SCANNED
+    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans))
     graph, state = nnx.split(abstract)
     shapes = {
         ".".join(map(str, path)): (leaf.get_value().shape, leaf.get_metadata()["axes"])

@@ -47,7 +47,8 @@ def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransf
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), loads
 
         zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0)
-        (grads, total), loads = jax.lax.scan(add, zeros, shares)
+        with jax.named_scope("gradient"):
+            (grads, total), loads = jax.lax.scan(add, zeros, shares)
         params, after, norm = moved(state, grads, optimizer)
         scalars = {"loss": total, "grad_norm": norm, "trained_tokens": trained, "tokens": jnp.sum(batch.segments > 0)}
         scalars |= {} if loads is None else load_metrics(loads.sum(axis=0))

@@ -88,10 +88,11 @@ def roll(
         parts = (Keys(tuple(k[0] for k in keys.k), tuple(v[0] for v in keys.v), keys.positions[0]),)
     head = parts[0] if parts else None
     micro = prompts // recipe.microbatch_prompts
-    stored = jax.lax.map(
-        lambda part: rollout.prefill(policy.graph, weights, head, *part),
-        (split(batch.tokens, micro), split(batch.lengths - 1, micro)),
-    )
+    with jax.named_scope("prefill"):
+        stored = jax.lax.map(
+            lambda part: rollout.prefill(policy.graph, weights, head, *part),
+            (split(batch.tokens, micro), split(batch.lengths - 1, micro)),
+        )
     parts += (jax.tree.map(join, stored),)
     count = prompts * group
     rows = rollout.Rows(
@@ -109,9 +110,10 @@ def roll(
     )
     ring = rollout.Ring(rollout.empty(policy.config, policy.mesh, policy.dtype, (count,), budget), jnp.int32(0))
     shape = jnp.zeros((prompts, group), bool)
-    _, _, written = rollout.decode(
-        policy.graph, weights, parts, ring, rows, key, sampling, None, shape, budget
-    )  # fmt: skip
+    with jax.named_scope("decode"):
+        _, _, written = rollout.decode(
+            policy.graph, weights, parts, ring, rows, key, sampling, None, shape, budget
+        )  # fmt: skip
     tokens, log_probs = written.tokens.T, written.log_probs.T
     last = jnp.take_along_axis(tokens, written.count[:, None] - 1, axis=1)[:, 0]
     ended = (last[:, None] == jnp.array(sampling.eos_ids)[None]).any(axis=1)
@@ -242,10 +244,12 @@ def make_step(
         weights = objective.weights(mask, recipe.max_new_tokens)
         shares, reference = _shares(rollouts, batch, advantages.reshape(-1), weights, recipe), None
         if recipe.kl_coef:
-            reference = jax.lax.map(lambda share: update.log_probs(frozen, batch.head, share)[0], shares)
+            with jax.named_scope("reference"):
+                reference = jax.lax.map(lambda share: update.log_probs(frozen, batch.head, share)[0], shares)
         sums = []
         for _ in range(recipe.updates_per_step):
-            grads, found = update.gradients(state.params, frozen, batch.head, shares, reference)
+            with jax.named_scope("gradient"):
+                grads, found = update.gradients(state.params, frozen, batch.head, shares, reference)
             params, after, norm = moved(state, grads, optimizer)
             state = State(params, after, state.step)
             sums.append(found)

@@ -84,7 +84,8 @@ def make_step(
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value, carry[2] + right), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0)
-        (grads, total, right), _ = jax.lax.scan(add, zeros, shares)
+        with jax.named_scope("gradient"):
+            (grads, total, right), _ = jax.lax.scan(add, zeros, shares)
         params, after, norm = moved(state, grads, optimizer)
         rows = jnp.maximum(jnp.sum(batch.weights > 0), 1)
         scalars = {"loss": total, "accuracy": right / rows, "grad_norm": norm}

@@ -138,8 +138,9 @@ def moved(
     state: State, grads: Params, optimizer: optax.GradientTransformation
 ) -> tuple[Params, optax.OptState, jax.Array]:
     """Parameters and optimizer state after one update, and the gradients' global norm before clipping."""
-    updates, after = optimizer.update(grads, state.optimizer, state.params)
-    return optax.apply_updates(state.params, updates), after, optax.tree.norm(grads)
+    with jax.named_scope("update"):
+        updates, after = optimizer.update(grads, state.optimizer, state.params)
+        return optax.apply_updates(state.params, updates), after, optax.tree.norm(grads)
 
 
 def split(x: Array, parts: int, group: int = 1) -> Array:

@@ -1,0 +1,289 @@
+"""What a compiled program does, counted from its text (optimised HLO): FLOPs, bytes, and collectives by mesh axis.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here each instruction counts as often as it runs:
+1. `parse` reads the computations of a module, each a list of instructions with shapes;
+2. `costs` walks from the entry, into fusions, calls, branches and loops, whose bodies count as often as their trip count,
+   which XLA writes down where it knows it; a loop without one is the decoding loop, whose steps the caller gives;
+3. what is counted is kept by phase: the innermost `jax.named_scope` among PHASES in an instruction's name.
+
+Bytes are those that an instruction outside of fusions reads and writes, slices at their own size: what a memory has to
+move if nothing stays on the chip between two instructions. A collective's bytes are those that one device sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+PHASES = ("prefill", "decode", "reference", "gradient", "update")
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_FREE = frozenset(
+    {
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "constant",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+    }
+    | {"while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done", "copy-done"}
+)
+_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_NAMES = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: its name, result type as text, opcode, operands' names, what its brackets hold and what follows them."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    inner: str
+    rest: str
+    root: bool
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one device. collectives: (opcode, mesh axes) -> (how many, bytes sent)."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[tuple[str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    def add_collective(self, kind: str, axes: str, count: float, size: float) -> None:
+        before = self.collectives.get((kind, axes), (0.0, 0.0))
+        self.collectives[kind, axes] = before[0] + count, before[1] + size
+
+    @property
+    def sent(self) -> float:
+        return sum(size for _, size in self.collectives.values())
+
+
+Computations = dict[str, dict[str, Instruction]]
+
+
+def parse(text: str) -> tuple[Computations, str]:
+    """(Computations by name, the entry's name) of a module's text."""
+    found: Computations = {}
+    current, entry = "", ""
+    for line in text.splitlines():
+        if line.endswith("{") and ("->" in line or line.startswith("ENTRY")):
+            current = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
+            entry = current if line.startswith("ENTRY") else entry
+            found[current] = {}
+        elif (match := _LINE.match(line)) and current:
+            instruction = _instruction(match[1], line[match.end() :], line.lstrip().startswith("ROOT"))
+            found[current][instruction.name] = instruction
+    if not entry:
+        raise ValueError("no ENTRY computation: this is no text of an HLO module")
+    return found, entry
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    at = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    type_, text = text[:at], text[at:].lstrip()
+    opcode, _, text = text.partition("(")
+    end = _closing("(" + text, 0) - 1
+    inner = text[:end]
+    return Instruction(name, type_, opcode, tuple(_NAMES.findall(inner)), inner, text[end + 1 :], root)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if not depth:
+            return at
+    return len(text) - 1
+
+
+def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of a type, or of each part of a tuple."""
+    return [(dtype, tuple(map(int, dims.split(","))) if dims else ()) for dtype, dims in _SHAPE.findall(type_)]
+
+
+def size(type_: str) -> int:
+    """Bytes of a type."""
+    return sum(int(math.prod(shape) * _width(dtype)) for dtype, shape in shapes(type_))
+
+
+def _width(dtype: str) -> float:
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) / 8 if bits else 0
+
+
+def called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs; a loop's condition is not among them."""
+    return [name for group in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.\-]+", group)]
+
+
+def trips(instruction: Instruction, unknown: int) -> int:
+    """How often a loop's body runs."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
+    return int(found[1]) if found else unknown
+
+
+def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
+    """The cost of each phase, on one device. mesh: its axes' sizes; steps: trips of a loop that XLA has no count of."""
+    computations, entry = parse(text)
+    found: dict[str, Cost] = {}
+    for phase, instruction, times, within, fused in _walk(computations, entry, steps):
+        cost = found.setdefault(phase, Cost())
+        cost.flops += times * product_flops(instruction, within)
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES and not instruction.opcode.endswith("-done"):
+            cost.add_collective(kind, axes_of(instruction.rest, mesh), times, times * _sent(instruction, within, mesh))
+        if not fused and instruction.opcode not in _FREE:
+            cost.bytes += times * _moved(instruction, within, computations)
+    return found
+
+
+def _walk(
+    computations: Computations, entry: str, steps: int
+) -> Iterator[tuple[str, Instruction, float, dict[str, Instruction], bool]]:
+    """(phase, instruction, how often it runs, its computation, whether inside of a fusion) of all that is run."""
+    waiting: list[tuple[str, float, str, bool]] = [(entry, 1.0, "rest", False)]
+    while waiting:
+        name, times, around, fused = waiting.pop()
+        for instruction in computations.get(name, {}).values():
+            phase = _phase(instruction, around)
+            yield phase, instruction, times, computations[name], fused
+            again = times * (trips(instruction, steps) if instruction.opcode == "while" else 1)
+            inside = fused or instruction.opcode == "fusion"
+            if instruction.opcode in ("reduce", "sort", "scatter", "map", "reduce-window", "select-and-scatter"):
+                continue  # of single numbers
+            if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+                continue
+            waiting += [(other, again, phase, inside) for other in called(instruction)]
+
+
+def _phase(instruction: Instruction, around: str) -> str:
+    named = re.search(r'op_name="([^"]*)"', instruction.rest)
+    parts = named[1].split("/") if named else []
+    inside = [re.sub(r"^(?:\w+\()*|\)+$", "", part) for part in parts]
+    return next((part for part in reversed(inside) if part in PHASES), around)
+
+
+def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -> float:
+    """Two for each multiplication of a product; other instructions count nothing."""
+    if instruction.opcode not in ("dot", "convolution") or len(instruction.operands) < 2:
+        return 0.0
+    (_, out), *_ = shapes(instruction.type)
+    sides = [shapes(within[name].type)[0][1] if name in within else () for name in instruction.operands[:2]]
+    if instruction.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        inner = math.prod(sides[0][int(d)] for d in dims[1].split(",") if d) if dims else 1
+    else:
+        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
+        inner = math.prod(sides[1]) / sides[1][labels[1].index("o")] if labels and sides[1] else 1
+    return 2.0 * math.prod(out) * inner
+
+
+def _moved(instruction: Instruction, within: Mapping[str, Instruction], computations: Computations) -> float:
+    """Bytes read and written; of a slice, or of an array that is updated in place, those of the part alone."""
+    operands = [within[name].type for name in instruction.operands if name in within]
+    if instruction.opcode == "dynamic-slice":
+        return 2 * size(instruction.type)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * size(operands[1])
+    if instruction.opcode != "fusion":
+        return size(instruction.type) + sum(map(size, operands))
+    inside = computations.get(next(iter(called(instruction)), ""), {})
+    read = sum(_read(inside, i, size(type_)) for i, type_ in enumerate(operands))
+    roots = [other for other in inside.values() if other.root]
+    if roots and roots[0].opcode == "tuple":
+        roots = [inside[name] for name in roots[0].operands if name in inside]
+    if any(root.opcode == "dynamic-update-slice" for root in roots):
+        written = sum(
+            size(inside[root.operands[1]].type)
+            if root.opcode == "dynamic-update-slice" and root.operands[1] in inside
+            else size(root.type)
+            for root in roots
+        )
+        return read + written
+    return read + size(instruction.type)
+
+
+def _read(inside: Mapping[str, Instruction], index: int, whole: int) -> float:
+    """Bytes of a fusion's operand that it reads: slices of it, where all that uses it are slices."""
+    name = next((i.name for i in inside.values() if i.opcode == "parameter" and i.inner == str(index)), None)
+    users = [i for i in inside.values() if name in i.operands]
+    if not users:
+        return whole
+    parts = 0.0
+    for user in users:
+        if user.opcode == "dynamic-slice" and user.operands[0] == name:
+            parts += size(user.type)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # updated in place
+        else:
+            return whole
+    return parts
+
+
+def groups_of(rest: str, devices: int) -> list[int]:
+    """The first group of devices that a collective joins; by default all."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return [int(d) for d in listed[1].split(",")]
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
+    if pairs:
+        return [int(pairs[1]), int(pairs[2])]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if not iota:
+        return list(range(devices))
+    ids = np.arange(devices).reshape([int(d) for d in iota[2].split(",")])
+    if iota[3]:
+        ids = ids.transpose([int(d) for d in iota[3].split(",")])
+    return ids.reshape([int(d) for d in iota[1].split(",")])[0].ravel().tolist()
+
+
+def axes_of(rest: str, mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which a collective's first group lies, such as "fsdp" or "data+fsdp"."""
+    sizes = tuple(mesh.values())
+    group = groups_of(rest, math.prod(sizes))
+    places = np.array(np.unravel_index(group, sizes))
+    varying = [name for name, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1]
+    return "+".join(varying) or "none"
+
+
+def _sent(instruction: Instruction, within: Mapping[str, Instruction], mesh: Mapping[str, int]) -> float:
+    """Bytes that a device sends, by the ring algorithms: (n - 1) / n of what is gathered, twice that of what is summed."""
+    kind = instruction.opcode.removesuffix("-start")
+    devices = len(groups_of(instruction.rest, math.prod(mesh.values())))
+    operands = sum(size(within[name].type) for name in instruction.operands if name in within)
+    share = (devices - 1) / devices
+    if kind == "all-gather":
+        return operands * (devices - 1)
+    return operands * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+
+
+def loops_that_gather(text: str, phase: str, least: int) -> Sequence[str]:
+    """Gatherings of at least so many bytes within the loops of a phase: none is to be in a decoding loop."""
+    computations, entry = parse(text)
+    found = []
+    for where, instruction, times, within, _ in _walk(computations, entry, steps=1000):
+        kind = instruction.opcode.removesuffix("-start")
+        gathered = kind == "all-gather" and times >= 1000
+        if (
+            where == phase
+            and gathered
+            and sum(size(within[n].type) for n in instruction.operands if n in within) >= least
+        ):
+            found.append(f"{instruction.name} {instruction.type}")
+    return found
