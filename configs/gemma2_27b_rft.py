@@ -5,13 +5,14 @@
 Put your own paths where YOUR_BUCKET stands, here or on the command line. To expect, by the paper: 68.8 overall on its
 four benchmarks, greedy, after this stage alone; 19.2 hours on 128 A100.
 
-Training keeps whole weights on every device so far and splits the batch alone. This stage takes at least 18 bytes a
-weight there (float32 masters, gradients and two moments, a bfloat16 copy), 490 GB for 27.2 billion: more than one device
-has. So the numbers are here for reference; configs/smollm2_135m_rft.py takes the same path on a laptop.
+For 64 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config configs/gemma2_27b_rft.py
+--topology v5p:4x4x4 --numbers gemma-2-27b` (docs/LOG.md has what it said). configs/smollm2_135m_rft.py takes the same path
+on a laptop.
 
 Sections and appendices are those of arXiv 2504.02495; "not given" means that it does not say, and the choice is ours.
 """
 
+from grm_jax.config import MeshSizes
 from grm_jax.recipes import Checkpoints, Items, Optimizer, RftConfig
 
 
@@ -39,6 +40,7 @@ def config() -> RftConfig:
         batch_tokens=1024 * 1024,
         sequence_tokens=4096,  # not given; half of Gemma-2's context
         microbatch_rows=64,  # ours: a multiple of the devices
+        mesh=MeshSizes(data=1, fsdp=-1, tensor=4),  # ours: weights over all devices; four of them share a decoding copy
         compute_dtype="bfloat16",
         optimizer=Optimizer(
             learning_rate=5e-6,  # appendix C.1

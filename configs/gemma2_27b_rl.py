@@ -8,14 +8,14 @@ The first command finds the items that are too easy; the paper took DeepSeek-V2-
 where YOUR_BUCKET stands. To expect, by the paper: 69.9 overall on its four benchmarks, greedy, and 71.0 with 32 votes;
 15.6 hours on 128 A100.
 
-Training keeps whole weights on every device so far and splits the batch alone. This stage takes at least 20 bytes a
-weight there (float32 masters, gradients and two moments, bfloat16 copies of the policy and of its reference), 545 GB
-for 27.2 billion: more than one device has. So the numbers are here for reference; configs/smollm2_135m_rl.py takes the
-same path on a laptop.
+For 64 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config configs/gemma2_27b_rl.py
+--topology v5p:4x4x4 --numbers gemma-2-27b` (docs/LOG.md has what it said). configs/smollm2_135m_rl.py takes the same path
+on a laptop.
 
 Sections and appendices are those of arXiv 2504.02495; "not given" means that it does not say, and the choice is ours.
 """
 
+from grm_jax.config import MeshSizes
 from grm_jax.recipes import Checkpoints, Items, Optimizer, RlConfig
 
 
@@ -44,6 +44,7 @@ def config() -> RlConfig:
         updates_per_step=1,  # not given
         microbatch_prompts=64,  # ours: a multiple of the devices
         steps=900,  # appendix C.1; 115,200 prompts, half an epoch
+        mesh=MeshSizes(data=1, fsdp=-1, tensor=4),  # ours: weights over all devices; four of them share a decoding copy
         compute_dtype="bfloat16",
         optimizer=Optimizer(
             learning_rate=4e-7,  # appendix C.1

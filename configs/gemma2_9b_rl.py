@@ -5,14 +5,15 @@
 Put your own paths where YOUR_BUCKET stands; `model` is what stage 1 has made of the 9B (`gemma2_27b_rft.py` with
 `--model` and `--output` of your own). No number to expect: the paper has none for this size.
 
-All weights are trained, and lie whole on every device: at least 20 bytes each (float32 masters, gradients and two
-moments, bfloat16 copies of the policy and of its reference), 185 GB for 9.2 billion, before activations. For devices
-that have less, `--lora.rank 16 --optimizer.learning-rate 1e-5` trains adapters beside a bfloat16 base, which is the
-reference too.
+All weights are trained, at least 20 bytes each (float32 masters, gradients and two moments, bfloat16 copies of the
+policy and of its reference), 185 GB for 9.2 billion, before activations, split over all devices: 32 v6e chips have
+1,024 GB. `plan --config configs/gemma2_9b_rl.py --topology v6e:4x8 --numbers gemma-2-9b` says what it takes. For fewer,
+`--lora.rank 16 --optimizer.learning-rate 1e-5` trains adapters beside a bfloat16 base, which is the reference too.
 
 Sections and appendices are those of arXiv 2504.02495; what is marked as ours is not in it.
 """
 
+from grm_jax.config import MeshSizes
 from grm_jax.recipes import Checkpoints, Items, Optimizer, RlConfig
 
 
@@ -35,6 +36,7 @@ def config() -> RlConfig:
         kl_coef=0.08,  # appendix C.1 has 0.08 for a Gemma-2 and 0.002 for a mixture of experts: ours is the Gemma-2's
         microbatch_prompts=8,  # ours: few, for memory; a multiple of the devices
         steps=900,  # appendix C.1
+        mesh=MeshSizes(data=1, fsdp=-1, tensor=4),  # ours: weights over all devices; four of them share a decoding copy
         compute_dtype="bfloat16",
         optimizer=Optimizer(
             learning_rate=4e-7,  # appendix C.1, there for 27B and 16B

@@ -212,6 +212,33 @@ class EvalConfig(JudgeSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Compile a run's programs for a topology that is not there: does it fit, and what bounds it?
+
+    Other options are those of the config, such as --mesh.fsdp 16.
+    """
+
+    config: str
+    """the run's config file, of `rl`, `rft`, `meta_rm` or a baseline"""
+    topology: str | None = None
+    """TPUs to compile for, such as v5p:4x4x4, v5e:4x8 or v6e:4x8; needs libtpu (the extra tpu), no TPU"""
+    cpu_devices: int | None = None
+    """simulated CPU devices instead"""
+    numbers: str | None = None
+    """whose config.json has the model's numbers, or a released model's name; by default the config's model"""
+    only: tuple[str, ...] = ()
+    """programs to compile, such as rl; by default all of the run"""
+    output: str | None = None
+    """a folder for the compiled programs' text"""
+
+    def __post_init__(self) -> None:
+        if (self.topology is None) == (self.cpu_devices is None):
+            raise ValueError("give --topology, such as v5p:4x4x4, or --cpu-devices N: one of the two")
+        if self.cpu_devices is not None and self.cpu_devices < 1:
+            raise ValueError(f"cpu_devices = {self.cpu_devices}: it has to be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     """Write a benchmark's official files as a dataset of tensorflow-datasets."""
 
@@ -319,3 +346,15 @@ def parse(kind: type[Config], args: Sequence[str], prog: str, default: Config | 
         part for i, arg in enumerate(spread) for part in (arg.split(",") if i and spread[i - 1] in lists else [arg])
     ]
     return tyro.cli(kind, args=args, prog=prog, **({} if default is None else {"default": default}))
+
+
+def parted(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """(The options of these names with their values, --help among them; the other arguments), each in their order."""
+    own: list[str] = []
+    rest: list[str] = []
+    taken = rest
+    for arg in args:
+        if arg.startswith("--") or arg == "-h":
+            taken = own if arg.partition("=")[0] in {*names, "--help", "-h"} else rest
+        taken.append(arg)
+    return own, rest

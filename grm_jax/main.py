@@ -7,6 +7,7 @@ when JAX's runtime aborts because another was lost.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
@@ -14,7 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grm_jax import log, processes, recipes
-from grm_jax.config import BenchConfig, CompareConfig, ConvertConfig, EvalConfig, PrepareConfig, ScoreConfig, parse
+from grm_jax.config import (
+    BenchConfig,
+    CompareConfig,
+    ConvertConfig,
+    EvalConfig,
+    PlanConfig,
+    PrepareConfig,
+    ScoreConfig,
+    parse,
+    parted,
+)
 
 
 def score(args: Sequence[str]) -> None:
@@ -123,7 +134,21 @@ def cloud(args: Sequence[str]) -> None:
     baselines.cloud(recipe)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+def plan(args: Sequence[str]) -> int:
+    """compile a run's programs for TPUs that are not there: what fits, what bounds"""
+    names = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(PlanConfig)}
+    own, rest = parted(args, names)
+    config = parse(PlanConfig, own, "grm_jax.main plan")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if config.cpu_devices is not None:
+        flag = f"--xla_force_host_platform_device_count={config.cpu_devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    from grm_jax.plan.run import run
+
+    return run(config, rest)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "score": score,
     "sample": sample,
     "eval": evaluate,
@@ -136,6 +161,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pair_rm": pair_rm,
     "cloud": cloud,
     "convert": convert,
+    "plan": plan,
     "bench": bench,
 }
 
@@ -183,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        COMMANDS[argv[0]](argv[1:])
+        return COMMANDS[argv[0]](argv[1:]) or 0
     except SystemExit as stop:  # the parser has said what was wrong, or printed its help
         return int(stop.code or 0)
     except (ValueError, FileNotFoundError) as error:
@@ -195,7 +221,6 @@ def _run(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of standard output has gone, as `head` does
         sys.stderr.close()
         return 141
-    return 0
 
 
 def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int:

@@ -59,22 +59,22 @@ def make_mesh(
     )
 
 
-def lay_out(sizes: MeshSizes, devices: int | None = None, everywhere: bool = False) -> Mesh:
+def lay_out(
+    sizes: MeshSizes, devices: int | None = None, everywhere: bool = False, pool: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh of these sizes, -1 filled in, over `devices` devices.
 
     devices: by default all of them; on one CPU as many as the sizes name. everywhere: over all processes, as training
-    needs it; else over this process's own devices, unless a model is split over more than these. Raises ValueError for
-    sizes that do not multiply to the number of devices.
+    needs it; else over this process's own devices, unless a model is split over more than these. pool: other devices, all
+    of which are used by default. Raises ValueError for sizes that do not multiply to the number of devices.
     """
     given = (sizes.data, sizes.fsdp, sizes.tensor, sizes.expert)
     named = math.prod(size for size in given if size > 0)
     model = math.prod(max(size, 1) for size in given[1:])
-    everywhere = jax.process_count() > 1 and (everywhere or model > jax.local_device_count())
-    pool = jax.devices() if everywhere else jax.local_devices()
+    everywhere = pool is not None or (jax.process_count() > 1 and (everywhere or model > jax.local_device_count()))
+    pool = list(pool or (jax.devices() if everywhere else jax.local_devices()))
     if devices is not None and everywhere and devices != len(pool):
-        raise ValueError(
-            f"devices = {devices}: {jax.process_count()} processes share all {len(pool)} devices, leave it out"
-        )
+        raise ValueError(f"devices = {devices}: the mesh is over all {len(pool)} devices there, leave it out")
     if devices is None:
         few = jax.default_backend() == "cpu" and not everywhere
         devices = named if few or (-1 not in given and not everywhere) else len(pool)

@@ -130,11 +130,9 @@ def test_samples_on_a_mesh_are_those_of_one_device(name):
     assert found == expected
 
 
-def test_decoding_gathers_no_weights_within_its_loop():
-    """In training `fsdp` splits weights; laid out for decoding, the loop's body holds no gathering of any."""
+def test_the_layout_for_decoding_gathers_along_fsdp():
     model = spread_model((1, 4, 2))
-    policy = policy_of(model)
-    laid = policy.decoding(model.params, {})
+    laid = policy_of(model).decoding(model.params, {})
     for name, value in laid.items():
         assert "fsdp" not in str(value.sharding.spec), name
     assert any("fsdp" in str(value.sharding.spec) for value in model.params.values())

@@ -244,6 +244,9 @@ def groups_of(rest: str, devices: int) -> list[int]:
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
     if pairs:
         return [int(pairs[1]), int(pairs[2])]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if named:
+        return _named_group(*named.groups())
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if not iota:
         return list(range(devices))
@@ -251,6 +254,21 @@ def groups_of(rest: str, devices: int) -> list[int]:
     if iota[3]:
         ids = ids.transpose([int(d) for d in iota[3].split(",")])
     return ids.reshape([int(d) for d in iota[1].split(",")])[0].ravel().tolist()
+
+
+def _named_group(mesh: str, chosen: str) -> list[int]:
+    """The first group along named axes, such as "'a'=2,'b'=4" and "'b'", or a part of one, "'b':(2)2" (behind, size)."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    ids, taken = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())), []
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
+        whole = sizes[name]
+        before, size = (int(before), int(size)) if size else (1, whole)
+        taken.append((list(sizes).index(name), whole // (before * size), size))
+    offsets = np.zeros(1, np.int64)
+    strides = [math.prod(ids.shape[i + 1 :]) for i in range(ids.ndim)]
+    for axis, behind, size in taken:
+        offsets = (offsets[:, None] + np.arange(size)[None] * behind * strides[axis]).ravel()
+    return offsets.tolist()
 
 
 def axes_of(rest: str, mesh: Mapping[str, int]) -> str:
