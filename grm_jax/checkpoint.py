@@ -41,7 +41,10 @@ from grm_jax.damage import Fault, attempt
 from grm_jax.log import logger
 
 # Fields of a recipe that may differ when a run goes on: none of them changes what is learned.
-FREE = ("checkpoints", "profile", "log_samples_every", "devices", "mesh", "output")
+FREE = (
+    *("checkpoints", "profile", "log_samples_every", "output"),
+    *("devices", "mesh", "microbatch", "microbatch_rows", "microbatch_prompts", "remat", "slots"),  # how, not what
+)
 RECIPE, STEPS = "recipe.json", "checkpoints"  # in a run's folder
 STATE, RUN = "state", "run"  # in a step's
 Value = TypeVar("Value")

@@ -33,7 +33,10 @@ class Share:
 
 
 def join(wanted: Wanted) -> None:
-    """Become one of several processes. Call it before anything else asks JAX for a device."""
+    """Become one of several processes. Call it before anything else asks JAX for a device.
+
+    Raises ValueError where JAX does not find the others.
+    """
     # On CPU several programs would otherwise be under way at once, and their collectives meet in another order elsewhere.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     named = {} if wanted.coordinator is None else {
@@ -42,7 +45,13 @@ def join(wanted: Wanted) -> None:
         "process_id": wanted.process,
         "cluster_detection_method": "deactivate",
     }  # fmt: skip
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **named)
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **named)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot join the other processes ({error}): name them by --coordinator, --processes and --process, or set "
+            "JAX_PLATFORMS=cpu where there are none"
+        ) from error
 
 
 def is_first() -> bool:

@@ -166,6 +166,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+ALONE = ("compare", "prepare", "convert", "plan", "bench")  # of one process, also where several are started
+
+
 def usage() -> str:
     lines = [f"  {name:14}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -199,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         print(f"{argv[0]!r} is no command\n{usage()}" if argv else usage(), file=sys.stderr)
         return 2
-    if wanted is None or set(argv) & {"-h", "--help"}:
+    if wanted is None or argv[0] in ALONE or set(argv) & {"-h", "--help"}:
         return _run(argv)
     if argv[0] == "convert":
         print("error: convert is one process, which writes everything: start it once, without others", file=sys.stderr)
@@ -231,13 +234,20 @@ def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int
 
     from grm_jax import hosts
 
-    hosts.join(wanted)
-    log.to_stderr(process_index=jax.process_index())
     try:
+        try:
+            hosts.join(wanted)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            os._exit(2)
+        log.to_stderr(process_index=jax.process_index())
         code = _run(argv)
+        if code == 0:
+            hosts.sync("done")  # a process that leaves early would have the others aborted
     except jax.errors.JaxRuntimeError as error:
-        print(f"error: {processes.lost(str(error))}", file=sys.stderr)
-        code = processes.LOST
+        code = 2 if "RESOURCE_EXHAUSTED" in str(error) else processes.LOST
+        told = processes.too_large if code == 2 else processes.lost
+        print(f"error: {told(str(error))}", file=sys.stderr)
     except Exception:
         traceback.print_exc()
         code = 1

@@ -79,7 +79,8 @@ def managed(env: Mapping[str, str], root: Path = Path("/")) -> bool:
     A TPU's own runtime is asked even for one host, as it alone knows how many there are. Where JAX_PLATFORMS leaves
     TPUs out, they are none of the run's business.
     """
-    if int(env.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in env:
+    steps = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # of a task that srun started
+    if int(env.get("SLURM_NTASKS") or 1) > 1 and all(name in env for name in steps):
         return True
     if int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return True
@@ -109,6 +110,12 @@ def watched() -> int | None:
         print(f"error: {lost('its runtime said so above')}", file=sys.stderr)
         return LOST
     return 128 - code if code < 0 else code
+
+
+def too_large(reason: str) -> str:
+    """What to say when a device's memory does not hold what a program needs."""
+    first = (reason.strip().splitlines() or ["no reason given"])[0][:300]
+    return f"a device's memory is too small ({first}): the command plan says what a run takes, and what lowers it"
 
 
 def lost(reason: str) -> str:

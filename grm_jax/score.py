@@ -41,14 +41,13 @@ def run(config: ScoreConfig) -> None:
         if model:
             check_model(model)
     from grm_jax import hosts  # array libraries are loaded when the input is known to be good
-    from grm_jax.data.shares import shared_writer
+    from grm_jax.data.shares import part_of, shared_writer
     from grm_jax.sharding import lay_out, spans_processes
 
     mesh = lay_out(config.mesh, config.devices)
     share = hosts.share(lockstep=spans_processes(mesh))
-    path = config.output if share.count == 1 else f"{config.output}-{share.index:05d}-of-{share.count:05d}"
-    examples = examples[share.index :: share.count]
-    with shared_writer(share, path, examples, _settings(config), config.overwrite) as writer:
+    path, examples = part_of(config.output, share), examples[share.index :: share.count]
+    with shared_writer(share, config.output, examples, _settings(config), config.overwrite) as writer:
         waiting = [example for example in examples if example.id not in writer.finished]
         if writer.finished:
             logger.info("%d of %d verdicts are in %s already", len(writer.finished), len(examples), path)

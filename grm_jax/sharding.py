@@ -13,12 +13,14 @@ The mesh's axes, and what each splits:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grm_jax.config import MeshSizes
@@ -45,7 +47,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of data x fsdp x tensor x expert devices, the first ones of `devices` (default: this process's).
 
-    Raises ValueError when a size is not positive or there are fewer devices than the mesh wants.
+    Neighbours in the mesh are neighbours by the links. Devices of several slices, which only a slow network joins, are
+    split along `data`. Raises ValueError when a size is not positive, there are fewer devices than the mesh wants, or
+    their links allow no such mesh.
     """
     devices = list(jax.local_devices() if devices is None else devices)
     sizes = (data, fsdp, tensor, expert)
@@ -54,9 +58,23 @@ def make_mesh(
             f"a mesh of {_shown(sizes)} does not fit {len(devices)} devices: each size is at least 1 and their product "
             f"at most {len(devices)}"
         )
-    return jax.make_mesh(
-        sizes, AXES, devices=devices[: math.prod(sizes)], axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    chosen = devices[: math.prod(sizes)]
+    slices = len({getattr(device, "slice_index", 0) for device in chosen})
+    if data % slices:
+        raise ValueError(
+            f"mesh.data = {data} over {slices} slices: they are split along data, make it a multiple of {slices}"
+        )
+    try:
+        if slices > 1:
+            within, among = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
+            grid = mesh_utils.create_hybrid_device_mesh(within, among, chosen, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True)
+    except (NotImplementedError, AssertionError) as error:
+        raise ValueError(
+            f"a mesh of {_shown(sizes)} cannot be laid on these devices: {error}; give other sizes"
+        ) from error
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def lay_out(
@@ -65,13 +83,12 @@ def lay_out(
     """The mesh of these sizes, -1 filled in, over `devices` devices.
 
     devices: by default all of them; on one CPU as many as the sizes name. everywhere: over all processes, as training
-    needs it; else over this process's own devices, unless a model is split over more than these. pool: other devices, all
+    needs it; else over this process's own devices, unless the sizes name more than these. pool: other devices, all
     of which are used by default. Raises ValueError for sizes that do not multiply to the number of devices.
     """
     given = (sizes.data, sizes.fsdp, sizes.tensor, sizes.expert)
     named = math.prod(size for size in given if size > 0)
-    model = math.prod(max(size, 1) for size in given[1:])
-    everywhere = pool is not None or (jax.process_count() > 1 and (everywhere or model > jax.local_device_count()))
+    everywhere = pool is not None or (jax.process_count() > 1 and (everywhere or named > jax.local_device_count()))
     pool = list(pool or (jax.devices() if everywhere else jax.local_devices()))
     if devices is not None and everywhere and devices != len(pool):
         raise ValueError(f"devices = {devices}: the mesh is over all {len(pool)} devices there, leave it out")
@@ -176,8 +193,14 @@ def spread(tree: Tree, mesh: Mesh) -> Tree:
 def fetch(tree: Tree, mesh: Mesh) -> Tree:
     """Device arrays as host arrays, whole on every process; all processes of the mesh have to call it together."""
     if spans_processes(mesh):
-        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+        tree = _gatherer(mesh)(tree)
     return jax.device_get(tree)
+
+
+@functools.cache
+def _gatherer(mesh: Mesh) -> Any:
+    """One function a mesh, so that its programs are compiled once."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def _shown(sizes: Sequence[int]) -> str:

@@ -118,9 +118,9 @@ setup() {
     perform gcloud builds submit "$folder" --tag="$image" --timeout=1h --project="$project"
 }
 
-run() { # exit code 1 restarts too: hosts that lose one of them end with it
+run() { # 1 and 75 restart too: hosts that lose one of them end with 75
     perform xpk workload create "${place[@]}" --workload="$workload" --tpu-type="$type" --num-slices="$slices" \
-        --docker-image="$image" ${settings[@]+"${settings[@]}"} --max-restarts="$max_restarts" --restart-on-exit-codes=1 \
+        --docker-image="$image" ${settings[@]+"${settings[@]}"} --max-restarts="$max_restarts" --restart-on-exit-codes=1,75 \
         --termination-grace-period-seconds="$grace" --command="exec $(quote python -m grm_jax.main "${arguments[@]}")"
 }
 

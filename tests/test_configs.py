@@ -74,7 +74,7 @@ def test_the_tiny_task_is_new_everywhere_and_its_poor_judge_heeds_hints(tmp_path
         followed.append(first != second and (first > second) == ((prices[0] > prices[1]) == (criterion == "most")))
     assert len(read[True]) / len(base) == pytest.approx(0.2, abs=0.03)
     assert all(read[True])
-    assert sum(read[False]) / len(read[False]) == pytest.approx(0.65, abs=0.04)
+    assert sum(read[False]) / len(read[False]) == pytest.approx(0.58, abs=0.04)
     assert sum(followed) / len(followed) > 0.85
 
 
@@ -93,4 +93,4 @@ def test_the_tiny_task_has_what_baselines_need_of_a_base(tmp_path):
         (price,) = re.findall(r"Response \d\](\d)", asked)
         criterion = re.fullmatch(rf"Specific Criteria: (\w+)\nAnalysis: {price}", answer)[1]
         read.append(f"costs {criterion}?" in asked)
-    assert sum(read) / len(read) == pytest.approx(0.65, abs=0.04)
+    assert sum(read) / len(read) == pytest.approx(0.58, abs=0.04)

@@ -37,7 +37,7 @@ FLOORS = (
     {"baselines"},
     {"__init__"},
     {"bench", "score", "spct"},
-    {"convert", "evals"},
+    {"convert", "evals", "plan"},
     {"main"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from grm_jax.data.jsonl import DataError
+from grm_jax.data.shares import shared_writer
+from grm_jax.datatypes import Example, Message
+from grm_jax.hosts import Share
 from grm_jax.processes import LOST, Wanted, managed, wanted
 
 TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
@@ -28,7 +32,7 @@ def config():
 """
 RFT = (
     "general=('chats.jsonl',), general_share=1.0, batch_tokens=8 * 64, sequence_tokens=64, "
-    "microbatch_rows=4, steps={steps}"
+    "microbatch_rows=8, steps={steps}"
 )
 RL = (
     "items=Items(files=('items.jsonl',), held_out=3), prompts_per_step=4, group=2, microbatch_prompts=4, "
@@ -128,6 +132,21 @@ def test_processes_roll_out_what_one_does(tmp_path):
         assert values == pytest.approx(expected[0][step], rel=1e-4, abs=1e-5), step
 
 
+def test_what_another_number_of_processes_wrote_is_refused_or_removed(tmp_path):
+    path, example = str(tmp_path / "rows.jsonl"), Example("a", (Message("user", "?"),), ("x", "y"))
+    for name in ("rows.jsonl-00000-of-00002", "rows.jsonl-00001-of-00002", "rows.jsonl-00001-of-00002.run.json"):
+        (tmp_path / name).write_text("")
+    alone = Share(0, 1, True)
+    with pytest.raises(DataError, match=r"another number of processes wrote rows.jsonl-00000-of-00002, .*--overwrite"):
+        shared_writer(alone, path, [example], {})
+    shared_writer(alone, path, [example], {}, overwrite=True).close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.run.json"]
+    with pytest.raises(DataError, match=r"another number of processes wrote rows\.jsonl; go on with as many"):
+        shared_writer(Share(1, 2, True), path, [example], {})
+    with pytest.raises(DataError, match="several processes write parts of a file"):
+        shared_writer(Share(1, 2, True), "-", [example], {})
+
+
 @pytest.mark.slow
 def test_samples_and_verdicts_are_shared_among_processes(tmp_path, alone):
     """With a mesh a process, `sample` and `score` write parts, which together are what one process writes."""
@@ -177,6 +196,11 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path, alone)
         assert found[step] == pytest.approx(values, rel=1e-4), step
 
 
+SLURM = {
+    "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"
+}  # fmt: skip
+
+
 def test_who_is_one_of_several():
     named = Wanted("10.0.0.2:1234", 4, 1)
     flags = ["--coordinator", "10.0.0.2:1234", "--processes=4", "--process", "1", "rl", "--steps", "2"]
@@ -185,8 +209,10 @@ def test_who_is_one_of_several():
     assert wanted(["rl"], environment, Path("/nowhere")) == (named, ["rl"])
     assert wanted(["--process", "2", "rl"], environment, Path("/nowhere"))[0].process == 2
     assert wanted(["rl"], {}, Path("/nowhere")) == (None, ["rl"])
-    assert wanted(["rl"], {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, Path("/nowhere")) == (Wanted(), ["rl"])
-    assert not managed({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Path("/nowhere"))
+    assert wanted(["rl"], SLURM, Path("/nowhere")) == (Wanted(), ["rl"])
+    assert not managed(SLURM | {"SLURM_NTASKS": "1"}, Path("/nowhere"))
+    batch = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
+    assert not managed(batch, Path("/nowhere")), "a batch script that srun did not start is one process"
     assert managed({"OMPI_COMM_WORLD_SIZE": "8"}, Path("/nowhere"))
 
 

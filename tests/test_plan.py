@@ -84,6 +84,35 @@ def test_collectives_by_axis_and_bytes():
     assert total(gathered, dict(mesh.shape)).collectives == {("all-gather", "fsdp"): (1, 8 * 8 * 4)}
 
 
+def test_products_as_a_tpu_writes_them():
+    """A batch of 16 products of [8, 128] and [128, 64] as a dilated convolution; and experts' products as custom calls."""
+    line = (
+        "ENTRY %e (a: f32[16,8,128], b: f32[16,128,64]) -> f32[16,8,64] {\n"
+        "  %a = f32[16,8,128]{2,1,0} parameter(0)\n  %b = f32[16,128,64]{2,1,0} parameter(1)\n"
+        "  ROOT %c = f32[16,8,64]{2,1,0} convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, "
+        "dim_labels=0bf_0io->0bf\n}\n"
+    )
+    assert total(line).flops == 2 * 16 * 8 * 128 * 64
+    line = (
+        "ENTRY %e (a: bf16[96,32], b: bf16[4,64,32]) -> f32[96,64] {\n"
+        "  %a = bf16[96,32]{1,0} parameter(0)\n  %b = bf16[4,64,32]{2,1,0} parameter(1)\n"
+        '  ROOT %c = f32[96,64]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(f)/ragged_dot_general"}\n}\n'
+    )
+    assert total(line).flops == 2 * 96 * 32 * 64
+
+
+def test_what_starts_and_is_done_later_moves_once():
+    line = (
+        "ENTRY %e (a: f32[128]) -> f32[256] {\n  %a = f32[128]{0} parameter(0)\n"
+        "  %s = (f32[128]{0}, f32[256]{0}) all-gather-start(%a), replica_groups=[1,2]<=[2], dimensions={0}\n"
+        "  ROOT %d = f32[256]{0} all-gather-done(%s)\n}\n"
+    )
+    found = total(line, {"data": 2})
+    assert found.bytes == 4 * (128 + 256)
+    assert found.collectives == {("all-gather", "data"): (1, 4 * 128)}
+
+
 @pytest.mark.parametrize(
     ("rest", "expected"),
     [
@@ -112,11 +141,11 @@ def test_the_programs_of_a_run_compile_and_do_what_the_formula_says():
     decode = found["decode"]
     text = decode.lowered().compile().as_text()
     cost = hlo.costs(text, dict(mesh.shape), decode.steps)["decode"]
-    expected = model_flops(WIDE, 8 * 32, 0, 64 + 32) / 4
+    expected = model_flops(WIDE, 8 * 32, 0, 64 + 128) / 4  # all slots of prompt and ring
     assert cost.flops == pytest.approx(expected, rel=0.05)
     assert hlo.loops_that_gather(text, "decode", least=256) == []  # masks of rows alone
     weights = report.shard_bytes(decode.arguments["weights"])
-    assert report.shard_bytes(decode.arguments["cache"]) == (4 * 1 * (64 + 32) * (2 * 8 * 4 + 4))
+    assert report.shard_bytes(decode.arguments["cache"]) == (4 * 1 * (64 + 128) * (2 * 8 * 4 + 4))
     assert weights == 2 * report.shard_bytes(found["rl"].arguments["weights"])  # `fsdp` splits the masters alone
 
 

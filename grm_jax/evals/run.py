@@ -33,7 +33,7 @@ from grm_jax.evals import measure, page, report, table
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
 from grm_jax.sharding import lay_out, spans_processes
-from grm_jax.spct.sample import Sample, part_of, read_samples, row_of, samples_of
+from grm_jax.spct.sample import Sample, read_samples, row_of, samples_of
 from grm_jax.weights.embedded import check_model
 
 JUDGMENTS, GREEDY = "judgments.jsonl", "greedy.jsonl"
@@ -80,7 +80,8 @@ def again(config: EvalConfig) -> None:
     cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
     benchmark = Benchmark(name, cases, KINDS[name], protocol["dropped"])
     once = read_samples(str(greedy)) if greedy.exists() else []
-    _report(config.output, benchmark, rows, once, protocol)
+    if hosts.is_first():
+        _report(config.output, benchmark, rows, once, protocol)
 
 
 def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
@@ -127,7 +128,7 @@ def judged(
     known = _record(config, benchmark, settings, templates)
     with shared_writer(
         share,
-        part_of(path, share),
+        path,
         [_named(case) for case in mine],
         known,
         config.overwrite,

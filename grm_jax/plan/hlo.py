@@ -3,7 +3,7 @@
 XLA's own `cost_analysis` counts the body of a loop once. Here each instruction counts as often as it runs:
 1. `parse` reads the computations of a module, each a list of instructions with shapes;
 2. `costs` walks from the entry, into fusions, calls, branches and loops, whose bodies count as often as their trip count,
-   which XLA writes down where it knows it; a loop without one is the decoding loop, whose steps the caller gives;
+   which XLA writes down, or their condition; a loop without one counts as often as the caller says;
 3. what is counted is kept by phase: the innermost `jax.named_scope` among PHASES in an instruction's name.
 
 Bytes are those that an instruction outside of fusions reads and writes, slices at their own size: what a memory has to
@@ -132,10 +132,16 @@ def called(instruction: Instruction) -> list[str]:
     return [name for group in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.\-]+", group)]
 
 
-def trips(instruction: Instruction, unknown: int) -> int:
-    """How often a loop's body runs."""
+def trips(instruction: Instruction, computations: Computations, unknown: int) -> int:
+    """How often a loop's body runs: as XLA says, else the number that its condition holds a counter against."""
     found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-    return int(found[1]) if found else unknown
+    if found:
+        return int(found[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+    lines = list(computations.get(condition[1], {}).values()) if condition else []
+    lines += [line for fused in list(lines) for name in called(fused) for line in computations.get(name, {}).values()]
+    limits = [int(line.inner) for line in lines if line.opcode == "constant" and re.fullmatch(r"\d+", line.inner)]
+    return max(limits, default=unknown) or unknown
 
 
 def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
@@ -163,7 +169,7 @@ def _walk(
         for instruction in computations.get(name, {}).values():
             phase = _phase(instruction, around)
             yield phase, instruction, times, computations[name], fused
-            again = times * (trips(instruction, steps) if instruction.opcode == "while" else 1)
+            again = times * (trips(instruction, computations, steps) if instruction.opcode == "while" else 1)
             inside = fused or instruction.opcode == "fusion"
             if instruction.opcode in ("reduce", "sort", "scatter", "map", "reduce-window", "select-and-scatter"):
                 continue  # of single numbers
@@ -180,18 +186,50 @@ def _phase(instruction: Instruction, around: str) -> str:
 
 
 def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -> float:
-    """Two for each multiplication of a product; other instructions count nothing."""
-    if instruction.opcode not in ("dot", "convolution") or len(instruction.operands) < 2:
+    """Two for each multiplication of a product; other instructions count nothing.
+
+    TPU programs write batched products as convolutions over dilated arrays, where most places multiply nothing, and the
+    grouped products of experts as custom calls.
+    """
+    sides = [shapes(within[name].type)[0][1] for name in instruction.operands[:2] if name in within]
+    if len(sides) < 2 or not shapes(instruction.type):
         return 0.0
     (_, out), *_ = shapes(instruction.type)
-    sides = [shapes(within[name].type)[0][1] if name in within else () for name in instruction.operands[:2]]
     if instruction.opcode == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        inner = math.prod(sides[0][int(d)] for d in dims[1].split(",") if d) if dims else 1
-    else:
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
-        inner = math.prod(sides[1]) / sides[1][labels[1].index("o")] if labels and sides[1] else 1
-    return 2.0 * math.prod(out) * inner
+        return 2.0 * math.prod(out) * math.prod(sides[0][int(d)] for d in dims[1].split(",") if d) if dims else 0.0
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction.rest, sides[0], sides[1], out)
+    if instruction.opcode == "custom-call" and "ragged" in instruction.rest:
+        rows = [side for side in sides if len(side) == 2]
+        # [A, I] by [E, O, I] to [A, O], or, for the matrices' gradient, [A, O] by [A, I] to [E, O, I].
+        return 2.0 * rows[0][0] * math.prod(out[1:]) * (rows[0][1] if len(out) == 2 else 1) if rows else 0.0
+    return 0.0
+
+
+def _convolution_flops(rest: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    if not labels:
+        return 0.0
+    places, kernel, result = labels.groups()
+    pairs = 1.0
+    for at, digit in enumerate(sorted(c for c in places if c.isdigit())):
+        pairs *= _pairs(rest, at, left[places.index(digit)], right[kernel.index(digit)], out[result.index(digit)])
+    inner = right[kernel.index("i")]
+    return 2.0 * out[result.index("b")] * out[result.index("f")] * inner * pairs
+
+
+def _pairs(rest: str, at: int, size: int, kernel: int, out: int) -> int:
+    """How many places of one spatial axis multiply a number that is there, not padding or a gap of a dilation."""
+
+    def given(name: str, default: str) -> str:
+        found = re.search(rf"[{{ ]{name}=([\d_x\-]+)", rest)
+        return found[1].split("x")[at] if found else default
+
+    stride, gap, step = (int(given(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    low = int(given("pad", "0_0").split("_")[0])
+    kept = (o * stride - low + k * step for o in range(out) for k in range(kernel))
+    return sum(0 <= place <= (size - 1) * gap and place % gap == 0 for place in kept)
 
 
 def _moved(instruction: Instruction, within: Mapping[str, Instruction], computations: Computations) -> float:
@@ -201,6 +239,11 @@ def _moved(instruction: Instruction, within: Mapping[str, Instruction], computat
         return 2 * size(instruction.type)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * size(operands[1])
+    if instruction.opcode.endswith("-done"):
+        return 0.0  # its start has counted it
+    if instruction.opcode.endswith("-start"):
+        last = shapes(instruction.type)[-1:]
+        return sum(map(size, operands)) + sum(math.prod(shape) * _width(dtype) for dtype, shape in last)
     if instruction.opcode != "fusion":
         return size(instruction.type) + sum(map(size, operands))
     inside = computations.get(next(iter(called(instruction)), ""), {})

@@ -3,8 +3,9 @@
 A recipe has one program that trains, at its largest bucket, and two that judge held-out examples and sample:
 - `rl`: the whole step of RL, `prompts_per_step` prompts of `max_prompt_tokens`, all in one bucket;
 - `rft`: a step on `batch_tokens` of packed rows;
-- `meta_rm`, `bradley_terry`, `pair_rm`: a step on `batch` texts of `max_tokens`, half of them prompt;
-- `prefill` of one prompt a part of the mesh, and `decode` of `slots` samples.
+- `meta_rm`: a step on `batch` judgments of `max_tokens`, half of them prompt; `bradley_terry`: on `batch` pairs of
+  responses (a pair RM's step is of the same kind, on `batch` texts);
+- `prefill` of one prompt a part of the mesh, and `decode` of `slots` samples, beside all that training holds meanwhile.
 
 Shapes: P prompts, S prompt slots, T tokens, R rows.
 """
@@ -19,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from grm_jax import scores
-from grm_jax.data.batches import Batch
+from grm_jax.buckets import power_of_two
+from grm_jax.data.batches import LEAST_TOKENS, Batch
 from grm_jax.data.packing import Packed
 from grm_jax.models import lora
 from grm_jax.models.attention import Keys
@@ -33,17 +35,19 @@ from grm_jax.spct.scalar_step import Texts
 from grm_jax.train.policy import Policy, abstract, make_optimizer
 
 Recipe = RlConfig | RftConfig | MetaConfig | PairsConfig
+_RING = 128  # slots of the smallest ring
 _EOS = (0,)  # any id: it changes no shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What to lower, what its arguments are by kind, and how often its decoding loop runs."""
+    """What to lower, what its arguments are by kind, how often its decoding loop runs, and what lies beside it."""
 
     name: str
     lowered: Callable[[], jax.stages.Lowered]
     arguments: dict[str, Any]  # kind -> pytree of ShapeDtypeStructs
     steps: int
+    beside: Any = ()  # a pytree of ShapeDtypeStructs that are no arguments, but held meanwhile
 
 
 def programs(recipe: Recipe, config: DecoderConfig, mesh: jax.sharding.Mesh) -> list[Program]:
@@ -53,7 +57,8 @@ def programs(recipe: Recipe, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     training = _training(recipe, config, mesh)
     if scalar:
         return [training]
-    return [training, *_judging(recipe, config, mesh)]
+    held = {kind: tree for kind, tree in training.arguments.items() if kind != "batch"}
+    return [training, *(dataclasses.replace(program, beside=held) for program in _judging(recipe, config, mesh))]
 
 
 def _policy(recipe: Recipe, config: DecoderConfig, mesh: jax.sharding.Mesh) -> Policy:
@@ -87,7 +92,8 @@ def _training(recipe: Recipe, config: DecoderConfig, mesh: jax.sharding.Mesh) ->
     updates = getattr(recipe, "updates_per_step", 1)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps * updates)
     state = abstract(params, optimizer, mesh)
-    kinds = {"weights": state.params, "optimizer": state.optimizer, "reference": frozen}
+    names = ("adapters", "base") if policy.lora.rank else ("weights", "reference")
+    kinds = {names[0]: state.params, "optimizer": state.optimizer, names[1]: frozen}
     if isinstance(recipe, RlConfig):
         table = scores.token_table([b"1"] * config.vocab_size)
         step = rl_step.make_step(policy, recipe, optimizer, table, _EOS, state)
@@ -104,7 +110,7 @@ def _training(recipe: Recipe, config: DecoderConfig, mesh: jax.sharding.Mesh) ->
     objective = meta.OBJECTIVE if isinstance(recipe, MetaConfig) else baselines.PREFERENCE
     step = scalar_step.make_step(policy, recipe, optimizer, state, objective)
     texts = _texts(recipe, mesh, objective.group)
-    name = "meta_rm" if isinstance(recipe, MetaConfig) else "pairs"
+    name = "meta_rm" if isinstance(recipe, MetaConfig) else "bradley_terry"
     return Program(name, lambda: step.lower(state, texts), kinds | {"batch": texts}, 1)
 
 
@@ -117,7 +123,7 @@ def _rows(mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: Any = jnp.int3
 def _prompts(recipe: RlConfig, mesh: jax.sharding.Mesh) -> Batch:
     P, widest = recipe.prompts_per_step, max(recipe.items.n_choices or (4,))
     dtypes = {"labels": jnp.float32, "choice": jnp.bool_}
-    wide = {"tokens": (P, recipe.max_prompt_tokens), "labels": (P, widest)}
+    wide = {"tokens": (P, power_of_two(recipe.max_prompt_tokens, LEAST_TOKENS)), "labels": (P, widest)}
     names = [field.name for field in dataclasses.fields(Batch) if field.name != "head"]
     head = jax.ShapeDtypeStruct((0,), jnp.int32, sharding=replicated(mesh))
     return Batch(head, **{n: _rows(mesh, wide.get(n, (P,)), dtypes.get(n, jnp.int32)) for n in names})
@@ -149,7 +155,7 @@ def _judging(recipe: RlConfig | RftConfig, config: DecoderConfig, mesh: jax.shar
     parts = rows_of(mesh)
     groups = -(-recipe.slots // parts) * parts
     tokens, lengths = _rows(mesh, (parts, longest)), _rows(mesh, (parts,))
-    stored, own = (_cache(policy, groups, slots) for slots in (longest, recipe.max_new_tokens))
+    stored, own = (_cache(policy, groups, slots) for slots in (longest, power_of_two(recipe.max_new_tokens + 1, _RING)))
     clock = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     kinds = {"mask": jnp.int32, "fresh": jnp.bool_, "live": jnp.bool_}
     rows = rollout.Rows(

@@ -29,12 +29,14 @@ class Compiled:
     aliased: float = 0.0
     peak: float = 0.0  # as the compiler gives it, arguments and all
     phases: dict[str, Cost] = dataclasses.field(default_factory=dict)
+    beside: float = 0.0  # held meanwhile, and no argument
     failed: str | None = None
 
     @property
     def total(self) -> float:
         """Bytes held at most."""
-        return max(self.peak, sum(self.arguments.values()) + self.temporaries + max(self.output - self.aliased, 0.0))
+        own = sum(self.arguments.values()) + self.temporaries + max(self.output - self.aliased, 0.0)
+        return self.beside + max(self.peak, own)
 
 
 def shard_bytes(tree: Any) -> float:
@@ -82,11 +84,12 @@ optimizer.state_dtype = "bfloat16" (optimizer)."""
 def _memory(programs: Sequence[Compiled], chip: Chip | None) -> Table:
     kinds = list(dict.fromkeys(kind for program in programs for kind in program.arguments))
     title = "GiB a device" + (f", of {chip.memory / GIB:.0f}" if chip else "")
-    table = Table("program", "compiled in", *kinds, "temporaries", "in all", "fits", title=title)
+    table = Table("program", "compiled in", *kinds, "temporaries", "held beside", "in all", "fits", title=title)
     for program in programs:
         given = [f"{program.arguments.get(kind, 0) / GIB:.2f}" for kind in kinds]
         verdict = ("yes" if fits(program, chip) else "no") if chip or program.failed else "-"
-        told = ["-", "-"] if program.failed else [f"{x / GIB:.2f}" for x in (program.temporaries, program.total)]
+        sizes = (program.temporaries, program.beside, program.total)
+        told = ["-"] * 3 if program.failed else [f"{x / GIB:.2f}" for x in sizes]
         table.add_row(program.name, f"{program.seconds:.0f} s", *given, *told, verdict)
     return table
 

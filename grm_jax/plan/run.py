@@ -33,7 +33,7 @@ def run(config: PlanConfig, rest: Sequence[str]) -> int:
     recipe = _recipe(config, rest)
     numbers = model_numbers(config.numbers or recipe.model)
     devices, chip = _devices(config)
-    mesh = lay_out(recipe.mesh, devices=None if recipe.devices is None else recipe.devices, pool=devices)
+    mesh = lay_out(recipe.mesh, pool=devices)
     peak = metrics.peak_flops(devices[0])
     wanted = programs.programs(recipe, numbers, mesh)
     if unknown := set(config.only) - {program.name for program in wanted}:
@@ -56,7 +56,7 @@ def compiled(program: programs.Program, mesh: dict[str, int], output: str | None
         done = program.lowered().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise ValueError(f"{program.name} does not compile: {report.shortened(str(error))}") from error
         return report.Compiled(program.name, time.monotonic() - started, kinds, failed=report.shortened(str(error)))
     seconds, memory, text = time.monotonic() - started, done.memory_analysis(), done.as_text()
     if output is not None:
@@ -73,6 +73,7 @@ def compiled(program: programs.Program, mesh: dict[str, int], output: str | None
         output=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
+        beside=report.shard_bytes(program.beside),
         phases=hlo.costs(text, mesh, program.steps),
     )
 
@@ -95,7 +96,7 @@ def model_numbers(model: str) -> DecoderConfig:
 def _recipe(config: PlanConfig, rest: Sequence[str]) -> programs.Recipe:
     kinds = (recipes.RlConfig, recipes.RftConfig, recipes.MetaConfig, recipes.PairsConfig)
     found = recipes.read(object, config.config)
-    if not isinstance(found, kinds):
+    if not isinstance(found, kinds) or isinstance(found, recipes.CloudConfig):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{config.config} returns {type(found).__name__}(...): plans are made of {names}")
     return recipes.load(type(found), ["--config", config.config, *rest], "grm_jax.main plan")
@@ -114,6 +115,7 @@ def _devices(config: PlanConfig) -> tuple[list[jax.Device], Chip | None]:
         raise ValueError(f"topology = {config.topology!r}: it begins with one of {', '.join(CHIPS)}, such as v5p:4x4x4")
     chip = CHIPS[kind]
     told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": chip.accelerator}
+    told["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run on a TPU, so several plans may be made at once
     for name, value in told.items():
         os.environ.setdefault(name, value)
     try:

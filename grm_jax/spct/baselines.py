@@ -20,7 +20,7 @@ from etils import epath
 from grm_jax import baselines, grm, hosts, losses, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
-from grm_jax.data.shares import shared_writer
+from grm_jax.data.shares import part_of, shared_writer
 from grm_jax.datatypes import Example, Verdict
 from grm_jax.grm import Grm
 from grm_jax.log import logger
@@ -31,7 +31,6 @@ from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct import meta, runs, scalar
 from grm_jax.spct.measure import measured
 from grm_jax.spct.runs import Run
-from grm_jax.spct.sample import part_of
 from grm_jax.spct.scalar_batches import Entry, Ids, TextBatches
 from grm_jax.spct.scalar_step import Objective
 from grm_jax.spct.start import Start
@@ -85,7 +84,7 @@ def cloud(recipe: CloudConfig) -> None:
     name = recipe.template or baselines.CRITIQUE
     template = prompts.load_template(name, boxed=False)
     found, begun, limit = _begin(recipe)
-    critic = grm.load(recipe.critic, recipe.compute_dtype, lay_out(recipe.mesh, recipe.devices))
+    critic = grm.load(recipe.critic, recipe.compute_dtype, lay_out(recipe.mesh, recipe.devices, everywhere=True))
     written = critiques(recipe, found.train, critic, template)
 
     def encode(item: Example, best: int, other: int, j: int) -> list[Ids]:
@@ -155,7 +154,7 @@ def critiques(
     paths = [part_of(path, dataclasses.replace(share, index=i)) for i in range(share.count)]
     mine, settings = singles[share.index :: share.count], _settings(recipe)
     known = dataclasses.asdict(settings) | {"critic": recipe.critic, "template": template.sha256}
-    with shared_writer(share, paths[share.index], mine, known, each=recipe.critiques) as writer:
+    with shared_writer(share, path, mine, known, each=recipe.critiques) as writer:
         waiting = [one for one in mine if one.id not in writer.finished]
         logger.info("%d of %d responses to write critiques of", len(waiting), len(mine))
         for found in baselines.critiques(critic, waiting, template, settings):

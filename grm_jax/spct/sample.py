@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from grm_jax import hosts, meta_rm, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
 from grm_jax.data.jsonl import DataError
-from grm_jax.data.shares import shared_writer
+from grm_jax.data.shares import part_of, parts_of, shared_writer
 from grm_jax.datatypes import Example, Message, Verdict
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.hosts import Share
@@ -150,7 +149,7 @@ def sample_part(
     settings = judge_settings(config)
     tallies: dict[str, Counter[str]] = {}
     with shared_writer(
-        share, path, mine, _record(config, items, name_of), config.overwrite, each=config.votes
+        share, config.output, mine, _record(config, items, name_of), config.overwrite, each=config.votes
     ) as writer:
         waiting = [item for item in mine if item.id not in writer.finished]
         if writer.finished:
@@ -255,11 +254,6 @@ def _check_places(items: Iterable[Example], name_of: Callable[[Example], str], h
         raise ValueError("\n  ".join([f"{len(faults)} items do not fit their template:", *faults[:20]]))
 
 
-def part_of(path: str, share: Share) -> str:
-    """Where a share's samples are written: the file itself, or a part of it a process."""
-    return path if share.count == 1 else f"{path}-{share.index:05d}-of-{share.count:05d}"
-
-
 def read_samples(path: str) -> list[Sample]:
     """The samples of a file (local or gs://), or of all parts of it: in the items' order, however many wrote them.
 
@@ -268,9 +262,8 @@ def read_samples(path: str) -> list[Sample]:
     from etils import epath
 
     place = epath.Path(path)
-    near = sorted(other.name for other in place.parent.iterdir()) if place.parent.exists() else []
-    parts = [name for name in near if re.fullmatch(re.escape(place.name) + r"-\d{5}-of-\d{5}", name)]
-    found = [place.name] * (place.name in near) + parts
+    parts = parts_of(path)
+    found = [place.name] * place.exists() + parts
     if not found:
         raise DataError(f"no {path}, and no parts of it; write it with the command `sample --output {path}`")
     wanted = [part_of(place.name, Share(i, len(parts), False)) for i in range(len(parts))] if len(parts) > 1 else []

@@ -27,7 +27,8 @@ def load_decoder(
     mesh = mesh or lay_out(MeshSizes())
     path = find_embedded(model) if model in EMBEDDED else model
     config = read_config(path)
-    graph, shapes = split_abstract(config, mesh)
+    # A loop over layers would need a second copy of the weights, stacked, beside what a judge keeps.
+    graph, shapes = split_abstract(config, mesh, scans=False if rules is DECODING else None)
     targets = {
         name: jax.ShapeDtypeStruct(
             shape, dtype_of(name, dtype), sharding=parameter_sharding(mesh, name, shape, axes, rules)
