@@ -160,29 +160,6 @@ def test_a_batch_is_a_function_of_seed_and_step(short):
         source[100]
 
 
-def test_processes_return_shares_of_the_same_batch(short):
-    items = items_of(20, 3, long=300)
-    whole = source_of(items, short)
-    parts = [source_of(items, short, process_index=i, process_count=2) for i in range(2)]
-    for step in range(12):
-        (batch, shown), halves = whole[step], [part[step] for part in parts]
-        for field in dataclasses.fields(batch):
-            found = [getattr(half, field.name) for half, _ in halves]
-            if field.name == "head":
-                assert all(np.array_equal(head, batch.head) for head in found)
-            else:
-                assert all(len(part) == 2 for part in found)
-                np.testing.assert_array_equal(np.concatenate(found), getattr(batch, field.name))
-        for name in ("items", "orders", "cut"):
-            assert [row for _, half in halves for row in getattr(half, name)] == getattr(shown, name)
-    uneven = [item_of(1, 2, long=1), item_of(2, 2, long=1), item_of(3, 2, long=1), item_of(4, 2, long=3000)]
-    short_half, long_half = (source_of(uneven, short, process_index=i, process_count=2)[0][0] for i in range(2))
-    assert short_half.lengths.max() < 300
-    assert short_half.tokens.shape == long_half.tokens.shape == (2, 4096)
-    with pytest.raises(ValueError, match="batches of 4 prompts for 3 processes"):
-        source_of(items, short, process_count=3)
-
-
 def test_long_prompts_are_cut_as_the_judge_cuts_them(short):
     items = items_of(4, long=3000)
     batch, shown = source_of(items, short, limit=1200)[0]

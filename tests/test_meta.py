@@ -134,18 +134,6 @@ def test_balanced_weights_make_both_kinds_count_the_same():
         batches_of([sample(i, True) for i in range(4)], balance=True)
 
 
-def test_shares_of_processes_make_the_batch():
-    samples = many(16)
-    whole = batches_of(samples)[0]
-    parts = [batches_of(samples, process_index=i, process_count=2)[0] for i in range(2)]
-    for name in ("prompts", "texts", "weights"):
-        np.testing.assert_array_equal(
-            np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name), err_msg=name
-        )
-    with pytest.raises(ValueError, match="give a multiple"):
-        batches_of(samples, process_count=3)
-
-
 # ---------------------------------------------------------------- the step
 
 

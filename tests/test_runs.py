@@ -217,7 +217,9 @@ def lines():
 def command(recipe: RlConfig | RftConfig) -> list[str]:
     """The command line of a run: its recipe as a file."""
     file = Path(recipe.output).with_suffix(".py")
-    file.write_text(f"from grm_jax.recipes import *\n\ndef config():\n    return {recipe!r}\n")
+    file.write_text(
+        f"from grm_jax.config import MeshSizes\nfrom grm_jax.recipes import *\n\ndef config():\n    return {recipe!r}\n"
+    )
     return ["rl" if isinstance(recipe, RlConfig) else "rft", "--config", str(file)]
 
 

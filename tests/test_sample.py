@@ -19,6 +19,7 @@ from grm_jax import grm as judges
 from grm_jax.config import JudgeSettings
 from grm_jax.data.jsonl import DataError
 from grm_jax.grm import Grm, orders
+from grm_jax.hosts import Share
 from grm_jax.main import main
 from grm_jax.recipes import Items, SampleConfig
 from grm_jax.sampler import Completion
@@ -205,7 +206,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(grm, tmp_path, mon
 
     def run(path: Path) -> dict[str, Counter]:
         judged.clear()
-        return sample_part(config(path), ITEMS, name_of, 0, 1, lambda: grm)
+        return sample_part(config(path), ITEMS, name_of, Share(0, 1, True), lambda: grm)
 
     real = Grm.judge
     monkeypatch.setattr(Grm, "judge", lambda self, e, *rest: judged.extend(e) or real(self, e, *rest))
@@ -221,17 +222,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(grm, tmp_path, mon
     assert run(again) == tallies
     assert judged == []
     with pytest.raises(DataError, match="begun with hinted=False; this run has hinted=True"):
-        sample_part(config(again, hinted=True), ITEMS, name_of, 0, 1, lambda: grm)
+        sample_part(config(again, hinted=True), ITEMS, name_of, Share(0, 1, True), lambda: grm)
 
 
 def test_the_parts_of_two_processes_make_the_whole(grm, tmp_path, prompts_of_lengths):
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     items = [*ITEMS, SINGLE]
-    counts = sample_part(config(whole), items, name_of, 0, 1, lambda: grm)
-    first = sample_part(config(parts), items, name_of, 0, 2, lambda: grm)
+    counts = sample_part(config(whole), items, name_of, Share(0, 1, True), lambda: grm)
+    first = sample_part(config(parts), items, name_of, Share(0, 2, True), lambda: grm)
     with pytest.raises(DataError, match=r"found parts\.jsonl-00000-of-00002; samples are one file or all parts"):
         read_samples(str(parts))
-    second = sample_part(config(parts), items, name_of, 1, 2, lambda: grm)
+    second = sample_part(config(parts), items, name_of, Share(1, 2, True), lambda: grm)
     found = sorted(path.name for path in tmp_path.glob("parts*") if path.suffix != ".json")
     assert found == ["parts.jsonl-00000-of-00002", "parts.jsonl-00001-of-00002"]
     assert read_samples(str(parts)) == read_samples(str(whole))

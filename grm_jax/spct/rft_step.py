@@ -54,7 +54,7 @@ def make_step(policy: Policy, recipe: RftConfig, optimizer: optax.GradientTransf
         scalars |= {} if loads is None else load_metrics(loads.sum(axis=0))
         return State(params, after, state.step + 1), scalars
 
-    return compiled(step, state)
+    return compiled(step, state, policy.mesh)
 
 
 def put(batch: Packed, policy: Policy) -> Packed:

@@ -264,7 +264,7 @@ def make_step(
         scalars |= load_metrics(sums[-1]["loads"]) if "loads" in sums[-1] else {}
         return dataclasses.replace(state, step=state.step + 1), Report(scalars, rollouts, judged)
 
-    return compiled(step, state)
+    return compiled(step, state, policy.mesh)
 
 
 def put(batch: Batch, policy: Policy) -> Batch:

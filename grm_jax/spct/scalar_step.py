@@ -91,7 +91,7 @@ def make_step(
         scalars = {"loss": total, "accuracy": right / rows, "grad_norm": norm}
         return State(params, after, state.step + 1), scalars
 
-    return compiled(step, state)
+    return compiled(step, state, policy.mesh)
 
 
 def put(batch: Texts, policy: Policy) -> Texts:

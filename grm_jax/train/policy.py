@@ -122,12 +122,11 @@ def abstract(params: Mapping[str, Any], optimizer: optax.GradientTransformation,
     return State(dict(params), laid, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
 
 
-def compiled(step: Callable[..., Any], state: State) -> Callable[..., Any]:
+def compiled(step: Callable[..., Any], state: State, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """The program of a step (state, ...) -> (state, report), the state donated and lying as it lay, the report everywhere.
 
     Left to itself the compiler may return another layout, and the next call would compile the program again for it.
     """
-    mesh = next(iter(state.params.values())).sharding.mesh
     options = _CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
     everywhere = replicated(mesh)
     places = jax.tree.map(lambda x: x.sharding, state), everywhere
