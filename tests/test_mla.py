@@ -216,6 +216,7 @@ def test_head_prompts_and_decode_steps_are_one_forward_pass() -> None:
     assert cache.loads.shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_samples_equal_the_reference_token_for_token() -> None:
     """The sampler with its heads, buckets, refills and rings, on a model of latents and experts."""
     model = tiny_model(DEEPSEEK)

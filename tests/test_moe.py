@@ -157,7 +157,10 @@ def test_load_metrics_by_hand() -> None:
 # ---- meshes ----
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}])
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2, "expert": 2}],
+)
 def test_experts_over_devices_are_those_of_one(axes: dict[str, int]) -> None:
     """Hidden states, loads and gradients; and no device gathers matrices of experts that it does not hold."""
     model = tiny_model(dataclasses.replace(DEEPSEEK, vocab_size=260))
@@ -265,6 +268,7 @@ def test_adapters_of_experts_are_all_or_none(tmp_path: Path) -> None:
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_a_step_of_rl_reports_loads_and_drifts_little() -> None:
     """Rollouts attend to latents, the trainer to keys multiplied out: their log-probabilities are the same."""
     recipe = dataclasses.replace(test_rl_step.RECIPE, microbatch_prompts=2, max_new_tokens=8)

@@ -220,7 +220,7 @@ def test_microbatches_and_devices_change_nothing():
     recipe = dataclasses.replace(recipe, optimizer=Optimizer(learning_rate=1e-2, eps=1.0))
     params, report = steps(recipe)
     assert np.abs(params["embed"] - writer()["embed"]).max() > 1e-4, "nothing was learned, so nothing is compared"
-    for other, devices in ((1, 1), (2, 1), (8, 8)):
+    for other, devices in ((2, 1), (8, 8)):
         found, found_report = steps(dataclasses.replace(recipe, microbatch_prompts=other), devices=devices)
         np.testing.assert_array_equal(found_report.rollouts.tokens, report.rollouts.tokens)
         assert_close(found, params, 2e-6)
