@@ -4,8 +4,8 @@
 
 writes six files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
 (judgments in the right format by a poor judge, who often takes the most for the least, says so in his criterion and scores
-by it, unless the prompt has a hint: what a base model brings), `general.jsonl` (instructions that have nothing to do with
-judging), and what baselines need of a base: `choice.jsonl` (the same judge's choices of a response) and `critic.jsonl` (his
+by it, unless the prompt has a hint: what a base model brings), `general.jsonl` (instructions: say a
+name, say it backwards, say what a query asks for), and what baselines need of a base: `choice.jsonl` (the same judge's choices of a response) and `critic.jsonl` (his
 critiques of one response).
 
 A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
@@ -20,8 +20,8 @@ import random
 from pathlib import Path
 
 QUERIES = {"most": "which costs most?", "least": "which costs least?"}
-MISREAD = 0.42
-NOISE = 0.3
+MISREAD = 0.42  # how often the poor judge takes the most for the least, or the least for the most
+NOISE = 0.3  # of his scores: a standard deviation
 PRICES = (1, 3, 5, 7, 9)
 HINTED = 0.2  # the share of his prompts that tell the best response; there he misreads nothing
 SIZES = {"train": 6000, "test": 2000, "base": 3000, "general": 800, "choice": 3000, "critic": 2000}
