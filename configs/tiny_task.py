@@ -4,9 +4,9 @@
 
 writes six files into FOLDER: `train.jsonl` and `test.jsonl` (labelled examples, no responses in both), `base.jsonl`
 (judgments in the right format by a poor judge, who often takes the most for the least, says so in his criterion and scores
-by it, unless the prompt has a hint: what a base model brings), `general.jsonl` (instructions: say a
-name, say it backwards, say what a query asks for), and what baselines need of a base: `choice.jsonl` (the same judge's choices of a response) and `critic.jsonl` (his
-critiques of one response).
+by it, unless the prompt has a hint: what a base model brings), `general.jsonl` (instructions: say a name, say it backwards,
+say what a query asks for), and what baselines need of a base: `choice.jsonl` (the same judge's choices of a response) and
+`critic.jsonl` (his critiques of one response).
 
 A query asks for the most or the least, a response is a price of one digit and a made-up name: without the query the
 best response is unknown, without the responses too. The names make every example new: there are 24 million pairs.
