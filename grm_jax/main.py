@@ -141,7 +141,7 @@ def plan(args: Sequence[str]) -> int:
     config = parse(PlanConfig, own, "grm_jax.main plan")
     os.environ["JAX_PLATFORMS"] = "cpu"
     if config.cpu_devices is not None:
-        flag = f"--xla_force_host_platform_device_count={config.cpu_devices}"
+        flag = f"--{SIMULATED}={config.cpu_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     from grm_jax.plan.run import run
 
@@ -166,6 +166,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+SIMULATED = "xla_force_host_platform_device_count"
 ALONE = ("compare", "prepare", "convert", "plan", "bench")  # of one process, also where several are started
 
 
