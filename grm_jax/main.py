@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     log.to_stderr()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+    if SIMULATED in os.environ.get("XLA_FLAGS", ""):  # programs under way at once would wait for each other's threads
+        os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     if argv[0] == "convert":
         os.environ["JAX_PLATFORMS"] = "cpu"  # it needs no accelerator, and a run may hold this machine's
     try:

@@ -176,7 +176,8 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path, alone)
     until = time.monotonic() + 300
     while not any((folder / "run/checkpoints").glob("[4-9]")) and time.monotonic() < until:
         time.sleep(0.2)
-    started[1].send_signal(signal.SIGKILL)
+    started[1].kill()
+    started[1].wait()
     assert started[0].wait(timeout=200) == LOST, said(folder, 2, 0)[-2000:]
     assert "another process of this run was lost" in said(folder, 2, 0)
     assert "Start the same command again" in said(folder, 2, 0)
