@@ -2,7 +2,7 @@
 
     python -m grm_jax.main rl --config configs/tiny_rl.py
 
-To expect: 100 % of 1,000 held-out examples at seeds 1 and 2 (docs/LOG.md). launch/learn.sh runs all stages and asks for
+To expect: 100 % of 1,000 held-out examples at seeds 0, 1 and 2 (docs/LOG.md). launch/learn.sh runs all stages and asks for
 95 % and parse failures under 1 %.
 """
 
