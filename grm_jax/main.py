@@ -205,12 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         print(f"{argv[0]!r} is no command\n{usage()}" if argv else usage(), file=sys.stderr)
         return 2
-    if wanted is None or argv[0] in ALONE or set(argv) & {"-h", "--help"}:
+    if wanted is None or set(argv) & {"-h", "--help"}:
         return _run(argv)
-    if argv[0] == "convert":
-        print("error: convert is one process, which writes everything: start it once, without others", file=sys.stderr)
-        return 2
-    return _run_as_one_of_several(wanted, argv)
+    if argv[0] not in ALONE:
+        return _run_as_one_of_several(wanted, argv)
+    if wanted.coordinator is None:  # the machine could be one of several; nobody said that the command is
+        return _run(argv)
+    print(f"error: {argv[0]} is one process, which writes everything: start it once, without others", file=sys.stderr)
+    return 2
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -7,4 +7,4 @@ python="$(bash "$here/setup.sh" dev)"
 cd -- "$here/.."
 "$python" -m ruff check
 "$python" -m ruff format --check
-exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+exec "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -68,10 +68,10 @@ def test_scalars_of_many_texts_are_those_of_each_alone(monkeypatch):
     shared = [rng.integers(0, 256, n).tolist() for n in (3, 40, 50)]
     texts = [
         (shared[i % 3] if i % 2 else rng.integers(0, 256, 1 + 2 * i).tolist(), rng.integers(0, 256, 1 + i).tolist())
-        for i in range(25)
+        for i in range(13)
     ]
     found = scalar_rm.scalars(model, texts)
-    for i in (0, 1, 7, 20, len(texts) - 1):
+    for i in (0, 1, 7, len(texts) - 1):
         assert found[i] == pytest.approx(alone(model, *texts[i]), abs=2e-5)
 
 

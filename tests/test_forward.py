@@ -107,7 +107,7 @@ def test_what_is_computed_again_is_not_held():
             grads = jax.grad(loss)(state.params)
             return training.State(jax.tree.map(jnp.subtract, state.params, grads), (), state.step), ()
 
-        return training.compiled(step, state).lower(state).compile().memory_analysis().temp_size_in_bytes
+        return training.compiled(step, state, model.mesh).lower(state).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary("block") < 0.5 * temporary("none")
 

@@ -214,18 +214,17 @@ def assert_close(found, expected, atol):
         np.testing.assert_allclose(found[name], expected[name], atol=atol, err_msg=name)
 
 
-def test_microbatches_and_devices_change_nothing():
+def test_microbatches_change_nothing():
     """Plain SGD-like comparison: Adam would turn a rounding error of a tiny gradient into a step of full size."""
     recipe = dataclasses.replace(RECIPE, prompts_per_step=8, microbatch_prompts=8)
     recipe = dataclasses.replace(recipe, optimizer=Optimizer(learning_rate=1e-2, eps=1.0))
     params, report = steps(recipe)
     assert np.abs(params["embed"] - writer()["embed"]).max() > 1e-4, "nothing was learned, so nothing is compared"
-    for other, devices in ((2, 1), (8, 8)):
-        found, found_report = steps(dataclasses.replace(recipe, microbatch_prompts=other), devices=devices)
-        np.testing.assert_array_equal(found_report.rollouts.tokens, report.rollouts.tokens)
-        assert_close(found, params, 2e-6)
-        for name, value in report.scalars.items():
-            np.testing.assert_allclose(found_report.scalars[name], value, atol=1e-5, err_msg=name)
+    found, found_report = steps(dataclasses.replace(recipe, microbatch_prompts=2))
+    np.testing.assert_array_equal(found_report.rollouts.tokens, report.rollouts.tokens)
+    assert_close(found, params, 2e-6)
+    for name, value in report.scalars.items():
+        np.testing.assert_allclose(found_report.scalars[name], value, atol=1e-5, err_msg=name)
 
 
 def test_equal_rewards_and_the_reference_itself_teach_nothing():

@@ -325,7 +325,7 @@ def test_a_signal_saves_ends_the_command_with_130_and_it_goes_on(whole, number, 
     assert outcome(recipe.output) == outcome(whole.output)
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_fine_tuning_goes_on_after_an_error(tuned, step, monkeypatch):
     """At step 1 nothing is saved yet but the trajectories."""
     recipe = replace(tuned, output=f"{tuned.output}-{step}")

@@ -229,6 +229,7 @@ def test_commands_that_there_are_not(capsys):
     assert main(["--help"]) == 0
 
 
+@pytest.mark.slow
 def test_bench_measures_every_row_of_its_table(folder, tmp_path, capsys):
     arguments = ["--prompt-tokens", "40", "--new-tokens", "6", "--batch", "1,2", "--votes=1,3", "--repeats", "1"]
     assert main(["bench", "sample", "--model", str(folder), "--json", str(tmp_path / "b.json"), *arguments]) == 0

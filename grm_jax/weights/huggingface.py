@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from grm_jax.models import families
 from grm_jax.models.config import DecoderConfig
+from grm_jax.models.decoder import dtype_of
 from grm_jax.weights import names
 from grm_jax.weights.placement import SLAB_BYTES, Placing, local_file
 
@@ -76,6 +77,11 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
     return params
 
 
+def _stays(parameter: str) -> bool:
+    """Whether a parameter is float32 in a model of any dtype."""
+    return dtype_of(parameter, np.dtype("bfloat16")) == np.float32
+
+
 def stored_types(folder: epath.PathLike) -> set[str]:
     """The dtypes of the tensors that fill parameters, from the files' headers alone; of no floats, safetensors' names."""
     folder, found = epath.Path(folder), set()
@@ -87,7 +93,7 @@ def stored_types(folder: epath.PathLike) -> set[str]:
             header = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{folder / name} is no complete safetensors file: {error}; fetch it again") from error
-        found |= {tensor["dtype"] for key, tensor in header.items() if key in slots}
+        found |= {t["dtype"] for key, t in header.items() if key in slots and not _stays(slots[key].parameter)}
     return {_FLOATS.get(kind, kind) for kind in found}
 
 

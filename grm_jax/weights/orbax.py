@@ -66,8 +66,9 @@ def load(folder: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) ->
 
 
 def stored_types(folder: epath.PathLike) -> set[str]:
-    """The dtypes of the arrays."""
-    return {dtype for _, dtype in _saved(folder).values()}
+    """The dtypes of the arrays, without those that are float32 in a model of any dtype."""
+    narrow = jnp.dtype("bfloat16")
+    return {dtype for name, (_, dtype) in _saved(folder).items() if dtype_of(name, narrow) == narrow}
 
 
 def _saved(folder: epath.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
