@@ -258,9 +258,10 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """The digest of each array; all processes that hold a part of one have to ask together."""
-    if jax.process_count() == 1:
+    if jax.default_backend() != "cpu" and jax.process_count() == 1:
         return {name: int(value) for name, value in jax.device_get({n: digest(x) for n, x in arrays.items()}).items()}
-    # One at a time: several programs under way at once may meet each other's collectives in another order elsewhere.
+    # One at a time: several programs under way at once may meet each other's collectives in another order elsewhere, be
+    # that on another process or on another simulated device.
     return {name: int(digest(x)) for name, x in arrays.items()}
 
 

@@ -69,7 +69,7 @@ def test_kinds_of_templates_are_not_mixed_up(tmp_path):
         prompts.load_template(str(bare))
 
 
-@pytest.mark.parametrize("n", [3, 11])
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), 11])
 def test_forced_choices_are_numbers_of_responses_and_votes_count_them(n):
     grm = Grm(tiny_model(dataclasses.replace(LLAMA, max_positions=4096)), ByteTokenizer(), "tiny")
     examples = [

@@ -55,7 +55,7 @@ def each_alone(model, head, prompts, samples, temperature):
     [
         ("llama", 5, 1.0, "block", 128),
         ("gemma2", 9, 0.7, "none", 3),
-        ("gemma2", 3, 1.0, "dots", 2),
+        pytest.param("gemma2", 3, 1.0, "dots", 2, marks=pytest.mark.slow),
         ("qwen3", 0, 1.0, "block", 5),
     ],
 )

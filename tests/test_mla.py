@@ -229,6 +229,7 @@ def test_samples_equal_the_reference_token_for_token() -> None:
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_samples_behind_shared_prompts_are_each_alone() -> None:
     """In value and in gradient of every parameter but the router's bias, which has none; recomputed layers included."""
     model = tiny_model(DEEPSEEK)
