@@ -6,8 +6,8 @@ Stage 1 is `gemma2_27b_rft.py` with `--model`, `--output`, `--mesh.tensor 1` and
 paths where YOUR_BUCKET stands. To expect, by the paper: what it gives of its 16B, such as 64.9 ROC-AUC (percent) on
 ReaLMistake and 62.3 and 57.0 on RMB's best-of-N.
 
-For 32 v5e or 16 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config
-configs/deepseek_v2_lite_rl.py --topology v5e:4x8 --numbers deepseek-v2-lite` (docs/LOG.md has what it said).
+For 16 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config
+configs/deepseek_v2_lite_rl.py --topology v5p:2x2x4 --numbers deepseek-v2-lite` (docs/LOG.md has what it said).
 
 Sections and appendices are those of arXiv 2504.02495; "not given" means that it does not say, and the choice is ours.
 """

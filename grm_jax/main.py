@@ -253,7 +253,7 @@ def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int
         code = 2 if "RESOURCE_EXHAUSTED" in str(error) else processes.LOST
         told = processes.too_large if code == 2 else processes.lost
         print(f"error: {told(str(error))}", file=sys.stderr)
-    except Exception:
+    except Exception:  # whatever it is, it is shown whole, and the others must not wait for this process
         traceback.print_exc()
         code = 1
     if code not in (0, 130):
