@@ -6,8 +6,8 @@ Put your own paths where YOUR_BUCKET stands, here or on the command line. To exp
 four benchmarks, greedy, after this stage alone; 19.2 hours on 128 A100.
 
 For 64 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config configs/gemma2_27b_rft.py
---topology v5p:4x4x4 --numbers gemma-2-27b` (not compiled yet, unlike stage 2). configs/smollm2_135m_rft.py takes the same path
-on a laptop.
+--topology v5p:4x4x4 --numbers gemma-2-27b` (not compiled yet, unlike stage 2).
+configs/smollm2_135m_rft.py takes the same path on a laptop.
 
 Sections and appendices are those of arXiv 2504.02495; "not given" means that it does not say, and the choice is ours.
 """
