@@ -115,6 +115,15 @@ def rows_of(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def check_microbatch(name: str, size: int, mesh: Mesh) -> None:
+    """Raise ValueError unless the rows of a recipe's microbatch, in its field `name`, can be spread over the mesh."""
+    parts = rows_of(mesh)
+    if size % parts:
+        raise ValueError(
+            f"{name} = {size} does not divide over {parts} devices: make it a multiple of {parts}, or set devices or mesh"
+        )
+
+
 def parameter_sharding(
     mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules = TRAINING
 ) -> NamedSharding:

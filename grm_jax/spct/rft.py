@@ -28,7 +28,7 @@ from grm_jax.datatypes import Example, Message
 from grm_jax.log import logger
 from grm_jax.models import flops
 from grm_jax.recipes import RftConfig, SampleConfig
-from grm_jax.sharding import rows_of, spans_processes
+from grm_jax.sharding import check_microbatch, spans_processes
 from grm_jax.spct import reject, rft_step, runs, start
 from grm_jax.spct.runs import Run
 from grm_jax.spct.sample import Sample, read_samples, sample_part
@@ -48,7 +48,7 @@ def run(recipe: RftConfig) -> None:
         runs.say_items(found)
     chats = [chat for file in recipe.general for chat in read_chats(file)]
     begun = start.load(recipe, reference=False)
-    check_split(recipe, begun)
+    check_microbatch("microbatch_rows", recipe.microbatch_rows, begun.policy.mesh)
     kept = collect(recipe, found, begun) if found.train else []
     sources = mixture(recipe, begun.tokenizer, kept, chats, runs.template_of(recipe, found))
     stream, too_long = packed(
@@ -70,16 +70,6 @@ def run(recipe: RftConfig) -> None:
         if too_long.count:
             logger.info("%d texts were longer than a row of %d tokens", too_long.count, recipe.sequence_tokens)
         start.save(begun, run.state, recipe.output)
-
-
-def check_split(recipe: RftConfig, begun: Start) -> None:
-    """Raise ValueError unless every microbatch can be spread over the devices."""
-    parts = rows_of(begun.policy.mesh)
-    if recipe.microbatch_rows % parts:
-        raise ValueError(
-            f"microbatch_rows = {recipe.microbatch_rows} does not divide over {parts} devices: make it a multiple of "
-            f"{parts}, or set devices or mesh"
-        )
 
 
 def collect(recipe: RftConfig, found: labelled.ItemSet, begun: Start) -> list[Sample]:

@@ -30,7 +30,7 @@ from grm_jax.grm import vocabulary_bytes
 from grm_jax.log import logger
 from grm_jax.models import flops
 from grm_jax.recipes import RlConfig
-from grm_jax.sharding import rows_of
+from grm_jax.sharding import check_microbatch
 from grm_jax.spct import reject, rl_step, runs, start
 from grm_jax.spct.rl_step import Report
 from grm_jax.spct.runs import Run
@@ -89,12 +89,7 @@ def hard_enough(items: list[Example], samples: str | None) -> list[Example]:
 
 def check_split(recipe: RlConfig, begun: Start) -> None:
     """Raise ValueError unless every microbatch can be spread over the devices, and a rollout fits the model."""
-    parts = rows_of(begun.policy.mesh)
-    if recipe.microbatch_prompts % parts:
-        raise ValueError(
-            f"microbatch_prompts = {recipe.microbatch_prompts} does not divide over {parts} devices: "
-            f"make it a multiple of {parts}, or set devices or mesh"
-        )
+    check_microbatch("microbatch_prompts", recipe.microbatch_prompts, begun.policy.mesh)
     longest = begun.policy.config.max_positions
     if recipe.max_prompt_tokens + recipe.max_new_tokens > longest:
         raise ValueError(

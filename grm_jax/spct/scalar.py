@@ -22,7 +22,7 @@ from grm_jax.data import items as labelled
 from grm_jax.models import flops
 from grm_jax.models.decoder import split_abstract
 from grm_jax.recipes import Lora, ScalarConfig
-from grm_jax.sharding import TRAINING, fetch, lay_out, parameter_sharding, rows_of
+from grm_jax.sharding import TRAINING, check_microbatch, fetch, lay_out, parameter_sharding, rows_of
 from grm_jax.spct import runs, scalar_batches, scalar_step, start
 from grm_jax.spct.runs import Run
 from grm_jax.spct.scalar_batches import Ids, TextBatches
@@ -55,12 +55,7 @@ def begin(recipe: ScalarConfig) -> Start:
         model, tokenizer = load_decoder(recipe.model, "float32", mesh, TRAINING)
     if tokenizer is None:
         raise ValueError(f"{recipe.model} has no tokenizer files: put tokenizer.json or tokenizer.model in its folder")
-    parts = rows_of(mesh)
-    if recipe.microbatch % parts:
-        raise ValueError(
-            f"microbatch = {recipe.microbatch} does not divide over {parts} devices: make it a multiple of {parts}, or "
-            "set devices or mesh"
-        )
+    check_microbatch("microbatch", recipe.microbatch, mesh)
     config = dataclasses.replace(model.config, scalar=True)
     graph, shapes = split_abstract(config, mesh)
     params = {name: value for name, value in model.params.items() if name in shapes}
