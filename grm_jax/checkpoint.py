@@ -43,7 +43,16 @@ from grm_jax.log import logger
 # Fields of a recipe that may differ when a run goes on: none of them changes what is learned.
 FREE = (
     *("checkpoints", "profile", "log_samples_every", "output"),
-    *("devices", "mesh", "microbatch", "microbatch_rows", "microbatch_prompts", "remat", "slots"),  # how, not what
+    *(
+        "devices",
+        "mesh",
+        "kernels",
+        "microbatch",
+        "microbatch_rows",
+        "microbatch_prompts",
+        "remat",
+        "slots",
+    ),  # how, not what
 )
 RECIPE, STEPS = "recipe.json", "checkpoints"  # in a run's folder
 STATE, RUN = "state", "run"  # in a step's

@@ -15,6 +15,7 @@ import tyro
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Baseline = Literal["bradley_terry", "pair_rm", "cloud"]
+Kernels = Literal["auto", "plain", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,8 @@ class ScoreConfig(JudgeSettings):
     devices: int | None = None
     """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
     mesh: MeshSizes = MeshSizes()
+    kernels: Kernels = "auto"
+    """of attention over many tokens: the device's own, "plain" XLA, "splash" on a TPU or "cudnn" on a GPU"""
     skip_bad: bool = False
     """leave bad rows out and count them, instead of stopping before the model is loaded"""
     overwrite: bool = False
@@ -194,6 +197,8 @@ class EvalConfig(JudgeSettings):
     devices: int | None = None
     """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
     mesh: MeshSizes = MeshSizes()
+    kernels: Kernels = "auto"
+    """of attention over many tokens: the device's own, "plain" XLA, "splash" on a TPU or "cudnn" on a GPU"""
     overwrite: bool = False
     """start anew where the output exists"""
 

@@ -42,8 +42,10 @@ def run(config: ScoreConfig) -> None:
             check_model(model)
     from grm_jax import hosts  # array libraries are loaded when the input is known to be good
     from grm_jax.data.shares import part_of, shared_writer
+    from grm_jax.models import kernels
     from grm_jax.sharding import lay_out, spans_processes
 
+    kernels.select(config.kernels)
     mesh = lay_out(config.mesh, config.devices)
     share = hosts.share(lockstep=spans_processes(mesh))
     path, examples = part_of(config.output, share), examples[share.index :: share.count]

@@ -32,6 +32,7 @@ from grm_jax.datatypes import Example
 from grm_jax.evals import measure, page, report, table
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.log import logger
+from grm_jax.models import kernels
 from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.sample import Sample, read_samples, row_of, samples_of
 from grm_jax.weights.embedded import check_model
@@ -108,6 +109,7 @@ def templates_of(cases: Sequence[Case], config: EvalConfig) -> dict[int, str]:
 
 def open_judge(config: EvalConfig) -> Judge:
     """The model, and the meta RM where one is asked."""
+    kernels.select(config.kernels)
     mesh = lay_out(config.mesh, config.devices)
     guide = meta_rm.load(config.meta_rm, config.dtype, mesh) if config.meta_rm else None
     return load(config.model, config.dtype, mesh), guide

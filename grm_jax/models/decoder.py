@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from grm_jax.models import kernels
 from grm_jax.models.attention import NOWHERE, Keys, Owner, attend, pieces, softcapped, visible
 from grm_jax.models.config import DecoderConfig, Yarn
 from grm_jax.models.latent import LatentAttention
@@ -108,7 +109,8 @@ class _Call:
     angles: tuple[jax.Array, jax.Array]
     owners: list[Owner]  # of each part of the cache, then of the new tokens
     spans: list[slice]  # pieces of the queries
-    seen: dict[int | None, list]  # a window -> masks of each piece
+    kernels: dict[int | None, kernels.Attend | None]  # a window -> a kernel for its layers
+    seen: dict[int | None, list]  # a window -> masks of each piece, where there is no kernel
     clock: jax.Array | int
     columns: Callable[[jax.Array], jax.Array]  # holds activations to the batch's sharding
 
@@ -118,14 +120,19 @@ class Decoder(nnx.Module):
 
     mesh: where it runs; rows of its activations then stay spread over it as the batch is. scans: whether many tokens go
     through the layers as a loop over them, which compiles once; a decoding step never does, as a loop copies each
-    layer's weights out of their stack.
+    layer's weights out of their stack. kernels: which attention many tokens take (`kernels`).
     """
 
     def __init__(
-        self, config: DecoderConfig, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None, scans: bool = False
+        self,
+        config: DecoderConfig,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
+        scans: bool = False,
+        kernels: kernels.Chosen = "plain",
     ) -> None:
         self.config = config
-        self.mesh, self.scans = mesh, scans
+        self.mesh, self.scans, self.kernels = mesh, scans, kernels
         self.embed = param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
         self.layers = nnx.List([Block(config, layer, rngs, mesh) for layer in range(config.layers)])
         self.norm = vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
@@ -162,8 +169,13 @@ class Decoder(nnx.Module):
         if cache.own is not None:
             keys[-1] = keys[-1].reshape(*positions.shape, -1)
         spans = pieces(shape[1]) if cache.own is None else [slice(None)]
-        seen = {w: [visible(positions, owners, keys, segments, w, span) for span in spans] for w in set(config.windows)}
-        call = _Call(positions, self._angles(positions), owners, spans, seen, cache.clock, columns)
+        quick = self._kernels(positions, owners, cache, segments)
+        seen = {
+            w: [visible(positions, owners, keys, segments, w, span) for span in spans]
+            for w in quick
+            if quick[w] is None
+        }
+        call = _Call(positions, self._angles(positions), owners, spans, quick, seen, cache.clock, columns)
         first, period = config.repeats if self.scans and cache.own is None else (config.layers, 1)
         stored, loads = [], []
         for i in range(first):
@@ -196,15 +208,37 @@ class Decoder(nnx.Module):
         form = block.attention.for_many() if own is None else block.attention.for_few()
         q = form.queries(q)
         read = [form.keys(*part) for part in before]
-        k, v = form.keys(*new)
-        mixed = []
-        for piece, masks in zip(call.spans, call.seen[window], strict=True):
-            pairs = [*read, (k, v) if own is not None else (k[:, :, : piece.stop], v[:, :, : piece.stop])]
-            parts = [(o, *kv, mask) for o, kv, mask in zip(call.owners, pairs, masks, strict=True)]
-            mixed.append(attend(q.reshape(*shape, *q.shape[1:])[:, piece], parts, self.config.attention_softcap))
-        mix = jnp.concatenate(mixed, axis=1)
+        q, (k, v) = q.reshape(*shape, *q.shape[1:]), form.keys(*new)
+        if (kernel := call.kernels[window]) is not None:
+            mix = kernel(q, [*read, (k, v)])
+        else:
+            mixed = []
+            for piece, masks in zip(call.spans, call.seen[window], strict=True):
+                pairs = [*read, (k, v) if own is not None else (k[:, :, : piece.stop], v[:, :, : piece.stop])]
+                parts = [(o, *kv, mask) for o, kv, mask in zip(call.owners, pairs, masks, strict=True)]
+                mixed.append(attend(q[:, piece], parts, self.config.attention_softcap))
+            mix = jnp.concatenate(mixed, axis=1)
         mix = form.mixed(mix.reshape(-1, *mix.shape[2:]))
         return *block.add_mlp(block.add_attention(x, mix), call.positions), new
+
+    def _kernels(
+        self, positions: jax.Array, owners: list[Owner], cache: Cache, segments: jax.Array | None
+    ) -> dict[int | None, kernels.Attend | None]:
+        """For each window of the layers, the kernel that a call takes, or None for the plain way."""
+        config, layout = self.config, None
+        if self.kernels != "plain" and cache.own is None:
+            layout = kernels.fold(positions, owners, [part.positions for part in cache.parts], segments)
+
+        def of(window: int | None) -> kernels.Attend | None:
+            if layout is None:
+                return None
+            if self.kernels == "cudnn":
+                sizes = (config.head_dim, config.value_dim)
+                return kernels.cudnn(layout, window, config.attention_softcap, sizes, self.embed[...].dtype)
+            heads, interpret = (config.heads, config.kv_heads), self.kernels == "interpreted"
+            return kernels.splash(layout, window, config.attention_softcap, heads, self.mesh, interpret)
+
+        return {window: of(window) for window in set(config.windows)}
 
     def _scanned(
         self, call: _Call, first: int, period: int, parts: Sequence[Keys], remat: Remat | None, x: jax.Array
@@ -271,11 +305,14 @@ def split_abstract(
 ) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
     """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated.
 
-    scans: as `Decoder` has it; by default on accelerators, for SCANNED layers and more.
+    scans: as `Decoder` has it; by default on accelerators, for SCANNED layers and more. Raises ValueError where the
+    kernels that `kernels.select` named are none of the mesh's devices.
     """
+    platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if scans is None:
-        scans = mesh is not None and mesh.devices.flat[0].platform != "cpu" and config.layers >= SCANNED
-    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans))
+        scans = platform != "cpu" and config.layers >= SCANNED
+    chosen = kernels.kernels_for(platform)
+    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans, chosen))
     graph, state = nnx.split(abstract)
     shapes = {
         ".".join(map(str, path)): (leaf.get_value().shape, leaf.get_metadata()["axes"])

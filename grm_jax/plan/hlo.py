@@ -57,11 +57,12 @@ class Instruction:
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device. collectives: (opcode, mesh axes) -> (how many, bytes sent)."""
+    """Of one device. collectives: (opcode, mesh axes) -> (how many, bytes sent); kernels: name -> how often it runs."""
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: dict[tuple[str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_collective(self, kind: str, axes: str, count: float, size: float) -> None:
         before = self.collectives.get((kind, axes), (0.0, 0.0))
@@ -154,6 +155,9 @@ def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES and not instruction.opcode.endswith("-done"):
             cost.add_collective(kind, axes_of(instruction.rest, mesh), times, times * _sent(instruction, within, mesh))
+        if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+            name = re.sub(r"(_segmented|_residuals|_no_residuals|_clone|[.\d])+$", "", instruction.name)
+            cost.kernels[name] = cost.kernels.get(name, 0.0) + times
         if not fused and instruction.opcode not in _FREE:
             cost.bytes += times * _moved(instruction, within, computations)
     return found
@@ -189,8 +193,13 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
     """Two for each multiplication of a product; other instructions count nothing.
 
     TPU programs write batched products as convolutions over dilated arrays, where most places multiply nothing, and the
-    grouped products of experts as custom calls.
+    grouped products of experts as custom calls. Splash attention counts whole: the blocks that its mask lets it skip,
+    almost half of a causal one's, are not known from the text.
     """
+    if instruction.opcode == "custom-call" and (phase := re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name)):
+        return _attention_flops(
+            phase[1], [s for n in instruction.operands if n in within for s in shapes(within[n].type)]
+        )
     sides = [shapes(within[name].type)[0][1] for name in instruction.operands[:2] if name in within]
     if len(sides) < 2 or not shapes(instruction.type):
         return 0.0
@@ -205,6 +214,16 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
         # [A, I] by [E, O, I] to [A, O], or, for the matrices' gradient, [A, O] by [A, I] to [E, O, I].
         return 2.0 * rows[0][0] * math.prod(out[1:]) * (rows[0][1] if len(out) == 2 else 1) if rows else 0.0
     return 0.0
+
+
+def _attention_flops(phase: str, operands: Sequence[tuple[str, tuple[int, ...]]]) -> float:
+    """Of splash attention for queries [N, L, H], keys [K, S, H] and values [K, S, V], its first arrays of numbers."""
+    queries, keys, values = [shape for dtype, shape in operands if dtype in ("bf16", "f16", "f32") and len(shape) == 3][
+        :3
+    ]
+    pairs = queries[0] * queries[1] * keys[1]
+    products = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[phase]  # of size H and V: scores again, and each gradient
+    return 2.0 * pairs * (products[0] * queries[2] + products[1] * values[2])
 
 
 def _convolution_flops(rest: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:

@@ -113,6 +113,11 @@ def _work(program: Compiled, chip: Chip | None, peak: float | None) -> Table:
             phase, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", f"{cost.sent / 1e9:.4g}", shown, name, sent
         )
     table.add_row("all", "", "", "", f"{total:.3g}" if total else "-", "", "")
+    kernels: dict[str, float] = {}
+    for cost in program.phases.values():
+        for kernel, count in cost.kernels.items():
+            kernels[kernel] = kernels.get(kernel, 0.0) + count
+    table.caption = "kernels: " + (", ".join(f"{count:.0f} {name}" for name, count in kernels.items()) or "none")
     return table
 
 

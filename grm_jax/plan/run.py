@@ -20,6 +20,7 @@ import jax
 from grm_jax import metrics, recipes
 from grm_jax.config import PlanConfig
 from grm_jax.log import logger
+from grm_jax.models import kernels
 from grm_jax.models.config import DecoderConfig
 from grm_jax.plan import hlo, known, programs, report
 from grm_jax.plan.chips import CHIPS, Chip
@@ -33,6 +34,7 @@ def run(config: PlanConfig, rest: Sequence[str]) -> int:
     recipe = _recipe(config, rest)
     numbers = model_numbers(config.numbers or recipe.model)
     devices, chip = _devices(config)
+    kernels.select(recipe.kernels)
     mesh = lay_out(recipe.mesh, pool=devices)
     peak = metrics.peak_flops(devices[0])
     wanted = programs.programs(recipe, numbers, mesh)

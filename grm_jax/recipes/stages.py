@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from grm_jax.config import Dtype, MeshSizes, check_sampling
+from grm_jax.config import Dtype, Kernels, MeshSizes, check_sampling
 from grm_jax.recipes.parts import Checkpoints, Fresh, Items, Lora, Optimizer, at_least, check_seed, given
 
 Objective = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
@@ -34,6 +34,8 @@ class _Training:
     devices: int | None = None
     """devices of the mesh; by default one on CPU, or as many as the mesh names, and all elsewhere"""
     mesh: MeshSizes = MeshSizes()
+    kernels: Kernels = "auto"
+    """of attention over many tokens: the device's own, "plain" XLA, "splash" on a TPU or "cudnn" on a GPU"""
     evaluate_every: int = 0
     """steps between two measurements on the held-out examples; 0 measures at the start and the end alone"""
     profile: tuple[int, ...] = ()
@@ -258,6 +260,7 @@ class SampleConfig:
     dtype: Dtype | None = None
     devices: int | None = None
     mesh: MeshSizes = MeshSizes()
+    kernels: Kernels = "auto"
     overwrite: bool = False
     """start anew where the output exists"""
 

@@ -36,6 +36,7 @@ from grm_jax.grm import Grm, Guide, load
 from grm_jax.hosts import Share
 from grm_jax.log import logger
 from grm_jax.meta_rm import MetaRm
+from grm_jax.models import kernels
 from grm_jax.recipes import SampleConfig
 from grm_jax.rewards import is_correct, is_tie
 from grm_jax.sharding import lay_out, spans_processes
@@ -124,6 +125,7 @@ def run(config: SampleConfig) -> None:
     for model in (config.model, config.meta_rm):
         if model:
             check_model(model)
+    kernels.select(config.kernels)
     mesh = lay_out(config.mesh, config.devices)
     share = hosts.share(lockstep=spans_processes(mesh))
     tallies = sample_part(

@@ -19,7 +19,7 @@ from etils import epath
 from grm_jax import grm, metrics, prompts, scalar_rm
 from grm_jax.data import batches
 from grm_jax.data import items as labelled
-from grm_jax.models import flops
+from grm_jax.models import flops, kernels
 from grm_jax.models.decoder import split_abstract
 from grm_jax.recipes import Lora, ScalarConfig
 from grm_jax.sharding import TRAINING, check_microbatch, fetch, lay_out, parameter_sharding, rows_of
@@ -44,6 +44,7 @@ def begin(recipe: ScalarConfig) -> Start:
     """
     on_cpu = jax.default_backend() == "cpu"
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
+    kernels.select(recipe.kernels)
     mesh = lay_out(recipe.mesh, recipe.devices, everywhere=True)
     if recipe.model == start.FRESH:
         found = start.fresh(recipe.fresh, recipe.seed, mesh, jnp.dtype(jnp.float32))

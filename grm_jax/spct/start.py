@@ -16,7 +16,7 @@ from etils import epath
 
 from grm_jax import grm as judges
 from grm_jax.grm import Grm
-from grm_jax.models import lora
+from grm_jax.models import kernels, lora
 from grm_jax.models.config import DecoderConfig
 from grm_jax.models.decoder import Model, Params, dtype_of, random_params, split_abstract
 from grm_jax.recipes import Fresh, RftConfig, RlConfig
@@ -54,6 +54,7 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
     on_cpu = jax.default_backend() == "cpu"
     compute = jnp.dtype(recipe.compute_dtype or ("float32" if on_cpu else "bfloat16"))
     stored = compute if recipe.lora.rank else jnp.dtype(jnp.float32)
+    kernels.select(recipe.kernels)
     mesh = lay_out(recipe.mesh, recipe.devices, everywhere=True)
     if recipe.model == FRESH:
         found = fresh(recipe.fresh, recipe.seed, mesh, stored)
