@@ -1,7 +1,7 @@
 """Kernels of attention against the plain one: what is seen, values and gradients, for packed rows and shared prompts.
 
 Splash attention runs interpreted; what its program is for a TPU is in test_plan. cuDNN's call runs by plain operations
-here (`implementation="xla"`), and itself where there is a GPU.
+here (`implementation="xla"`).
 """
 
 import dataclasses

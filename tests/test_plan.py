@@ -1,6 +1,7 @@
 """Plans: what a compiled program does, counted by hand and by `hlo`; and the command, on simulated devices and for TPUs."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -100,6 +101,22 @@ def test_products_as_a_tpu_writes_them():
         'metadata={op_name="jit(f)/ragged_dot_general"}\n}\n'
     )
     assert total(line).flops == 2 * 96 * 32 * 64
+
+
+def test_splash_attention_counts_its_products_and_its_calls():
+    """4 heads, 256 queries, 384 keys of 64 numbers, values of 32: scores 2 * 4 * 256 * 384 * 64, their mix half of that."""
+    line = (
+        "ENTRY %e (b: s8[1,1,1], q: bf16[4,256,64], k: bf16[2,384,64], v: bf16[2,384,32]) -> bf16[4,256,32] {\n"
+        "  %b = s8[1,1,1]{2,1,0} parameter(0)\n  %q = bf16[4,256,64]{2,1,0} parameter(1)\n"
+        "  %k = bf16[2,384,64]{2,1,0} parameter(2)\n  %v = bf16[2,384,32]{2,1,0} parameter(3)\n"
+        "  ROOT %splash_mha_PHASE_segmented_residuals.7 = bf16[4,256,32]{2,1,0} custom-call(%b, %q, %k, %v), "
+        'custom_call_target="tpu_custom_call"\n}\n'
+    )
+    scores, mix = 2 * 4 * 256 * 384 * 64, 2 * 4 * 256 * 384 * 32
+    for phase, flops in (("fwd", scores + mix), ("dq", 2 * scores + mix), ("dkv", 2 * scores + 2 * mix)):
+        cost = hlo.costs(line.replace("PHASE", phase), {"data": 1}, 1)["rest"]
+        assert cost.flops == flops
+        assert cost.kernels == {f"splash_mha_{phase}": 1}
 
 
 def test_what_starts_and_is_done_later_moves_once():
@@ -234,3 +251,4 @@ def test_a_27b_fits_64_chips():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "gathers in its decoding loop" not in done.stderr
+    assert re.search(r"kernels: .*splash_mha_fwd.*splash_mha_d", done.stdout), "plain attention on a TPU"

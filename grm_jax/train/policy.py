@@ -11,6 +11,7 @@ A step donates the state and leaves `frozen` alone, so checkpoints hold what cha
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,11 +60,14 @@ class Policy:
 
     def decoding(self, params: Params, frozen: Params) -> Params:
         """The weights that sample, in the compute dtype, whole along the mesh's `fsdp` axis; inside or outside of jit."""
-        if self.mesh.size == 1:
-            return self.working(params, frozen)
+        return self.working(params, frozen) if self.mesh.size == 1 else self._laid_out(params, frozen)
+
+    @functools.cached_property
+    def _laid_out(self) -> Callable[[Params, Params], Params]:
+        """`working`, laid out for decoding: one function, which is compiled once."""
         _, shapes = split_abstract(self.config, self.mesh)
         places = {name: parameter_sharding(self.mesh, name, *shapes[name], DECODING) for name in shapes}
-        return jax.jit(self.working, out_shardings=places)(params, frozen)
+        return jax.jit(self.working, out_shardings=places)
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
