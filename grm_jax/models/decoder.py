@@ -300,18 +300,25 @@ def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Arra
     return jax.lax.dynamic_update_slice_in_dim(store, jnp.expand_dims(new, axis), clock, axis)
 
 
+def _platform(mesh: jax.sharding.Mesh | None) -> str:
+    return "cpu" if mesh is None else mesh.devices.flat[0].platform
+
+
+def scanned(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether programs of many tokens are a loop over the layers, unless said otherwise."""
+    return _platform(mesh) != "cpu" and config.layers >= SCANNED
+
+
 def split_abstract(
     config: DecoderConfig, mesh: jax.sharding.Mesh | None = None, scans: bool | None = None
 ) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
     """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated.
 
-    scans: as `Decoder` has it; by default on accelerators, for SCANNED layers and more. Raises ValueError where the
-    kernels that `kernels.select` named are none of the mesh's devices.
+    scans: as `Decoder` has it; by default as `scanned` says. Raises ValueError where the kernels that `kernels.select`
+    named are none of the mesh's devices.
     """
-    platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
-    if scans is None:
-        scans = platform != "cpu" and config.layers >= SCANNED
-    chosen = kernels.kernels_for(platform)
+    scans = scanned(config, mesh) if scans is None else scans
+    chosen = kernels.kernels_for(_platform(mesh))
     abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans, chosen))
     graph, state = nnx.split(abstract)
     shapes = {

@@ -172,14 +172,14 @@ def _judging(recipe: RlConfig | RftConfig, config: DecoderConfig, mesh: jax.shar
     return [
         Program(
             "prefill",
-            lambda: rollout.prefill.lower(policy.graph, weights, None, tokens, lengths),
+            lambda: rollout.prefill.lower(policy.judging, weights, None, tokens, lengths),
             {"weights": weights, "batch": (tokens, lengths)},
             1,
         ),
         Program(
             "decode",
             lambda: rollout.decode.lower(
-                *(policy.graph, weights, (stored,), ring, rows, key, sampling, None, shape, recipe.max_new_tokens)
+                *(policy.judging, weights, (stored,), ring, rows, key, sampling, None, shape, recipe.max_new_tokens)
             ),
             {"weights": weights, "cache": (stored, own), "batch": rows},
             recipe.max_new_tokens,

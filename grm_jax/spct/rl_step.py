@@ -78,19 +78,29 @@ class Report:
 
 
 def roll(
-    policy: Policy, weights: Params, batch: Batch, key: Key[Array, ""], recipe: RlConfig, sampling: Sampling
+    policy: Policy,
+    weights: Params,
+    batch: Batch,
+    key: Key[Array, ""],
+    recipe: RlConfig,
+    sampling: Sampling,
+    reading: Params | None = None,
 ) -> Rollouts:
-    """G samples of each prompt: sample g of an item is a function of (key, item, g), not of the batch or the devices."""
+    """G samples of each prompt: sample g of an item is a function of (key, item, g), not of the batch or the devices.
+
+    reading: the weights that prompts go through, by default those that sample.
+    """
+    reading = weights if reading is None else reading
     prompts, group, budget = batch.tokens.shape[0], recipe.group, recipe.max_new_tokens
     parts: tuple[Keys, ...] = ()
     if size := batch.head.shape[0]:
-        keys = rollout.prefill(policy.graph, weights, None, batch.head[None], jnp.array([size]))
+        keys = rollout.prefill(policy.graph, reading, None, batch.head[None], jnp.array([size]))
         parts = (Keys(tuple(k[0] for k in keys.k), tuple(v[0] for v in keys.v), keys.positions[0]),)
     head = parts[0] if parts else None
     micro = prompts // recipe.microbatch_prompts
     with jax.named_scope("prefill"):
         stored = jax.lax.map(
-            lambda part: rollout.prefill(policy.graph, weights, head, *part),
+            lambda part: rollout.prefill(policy.graph, reading, head, *part),
             (split(batch.tokens, micro), split(batch.lengths - 1, micro)),
         )
     parts += (jax.tree.map(join, stored),)
@@ -237,7 +247,10 @@ def make_step(
 
     def step(state: State, frozen: Params, batch: Batch, key: Key[Array, ""]) -> tuple[State, Report]:
         key = jax.random.fold_in(key, state.step)
-        rollouts = roll(policy, policy.decoding(state.params, frozen), batch, key, recipe, sampling)
+        # A loop over layers would stack the copy that samples, which lies whole along `fsdp`, once more. The working copy
+        # is gathered a layer at a time instead.
+        reading = policy.working(state.params, frozen) if policy.scans else None
+        rollouts = roll(policy, policy.decoding(state.params, frozen), batch, key, recipe, sampling, reading)
         judged = judge(rollouts, batch, recipe.group, table, reward)
         advantages = objective.advantage(judged.reward.reshape(-1, recipe.group))
         mask = losses.without_overlong(rollouts.mask, rollouts.ended) if objective.overlong else rollouts.mask

@@ -43,7 +43,8 @@ class Start:
     def judge(self, params: Params) -> Grm:
         """A judge over these weights, in the compute dtype."""
         p = self.policy
-        return Grm(Model(p.config, p.graph, p.decoding(params, self.frozen), p.mesh), self.tokenizer, self.model)
+        model = Model(p.config, p.judging, p.decoding(params, self.frozen), p.mesh)
+        return Grm(model, self.tokenizer, self.model)
 
 
 def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 
 from grm_jax.models import lora
 from grm_jax.models.config import DecoderConfig
-from grm_jax.models.decoder import Params, dtype_of, split_abstract
+from grm_jax.models.decoder import Params, dtype_of, scanned, split_abstract
 from grm_jax.recipes import Lora, Optimizer
 from grm_jax.sharding import DECODING, parameter_sharding, replicated
 
@@ -51,6 +51,16 @@ class Policy:
     mesh: jax.sharding.Mesh
     lora: Lora
     dtype: jnp.dtype  # of the working copy
+
+    @functools.cached_property
+    def judging(self) -> nnx.GraphDef:
+        """The graph of a judge over `decoding`'s weights: layers one by one, since a loop would stack them anew."""
+        return split_abstract(self.config, self.mesh, scans=False)[0]
+
+    @property
+    def scans(self) -> bool:
+        """Whether prompts and training go through the layers as a loop."""
+        return scanned(self.config, self.mesh)
 
     def working(self, params: Params, frozen: Params) -> Params:
         """The weights that compute, in the compute dtype; differentiable with respect to `params`."""
