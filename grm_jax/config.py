@@ -141,20 +141,25 @@ class ScoreConfig(JudgeSettings):
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices = {self.devices}: it has to be at least 1")
         self.check_vote(guided=self.meta_rm is not None)
-        if (self.critic is not None) != (self.baseline == "cloud"):
-            raise ValueError(
-                f"critic = {self.critic} and baseline = {self.baseline}: cloud has a critic, and nothing else; give "
-                "--baseline cloud --model HEAD --critic MODEL"
-            )
-        unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(self, name) is not None]
-        if self.baseline and (unused or self.expected_scores):
-            name = (unused or ["expected_scores"])[0]
-            raise ValueError(
-                f"{name} = {getattr(self, name)}: baseline {self.baseline} has no use for it, leave it out"
-            )
+        _check_baseline(self)
         same = os.path.realpath(self.input) == os.path.realpath(self.output)
         if same and self.input != "-":
             raise ValueError(f"input and output are both {self.input!r}: verdicts would overwrite the examples")
+
+
+def _check_baseline(config: ScoreConfig | EvalConfig) -> None:
+    """Raise ValueError for a critic without its baseline, and for what a baseline has no use for."""
+    if (config.critic is not None) != (config.baseline == "cloud"):
+        raise ValueError(
+            f"critic = {config.critic} and baseline = {config.baseline}: cloud has a critic, and nothing else; give "
+            "--baseline cloud --model HEAD --critic MODEL"
+        )
+    unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(config, name) is not None]
+    if config.baseline and (unused or config.expected_scores):
+        name = (unused or ["expected_scores"])[0]
+        raise ValueError(
+            f"{name} = {getattr(config, name)}: baseline {config.baseline} has no use for it, leave it out"
+        )
 
 
 BENCHMARKS = (
@@ -184,6 +189,10 @@ class EvalConfig(JudgeSettings):
     """an embedded model's name, a Hugging Face folder or a .gguf file"""
     meta_rm: str | None = None
     """a meta RM's folder: its guided vote is reported too"""
+    baseline: Baseline | None = None
+    """what `model` is instead of a judge, as of `score`"""
+    critic: str | None = None
+    """of `--baseline cloud`: the model that writes the critiques"""
     limit: int | None = None
     """queries, drawn by the seed; the total is then no score of the benchmark"""
     greedy: bool = True
@@ -205,6 +214,7 @@ class EvalConfig(JudgeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_vote(guided=self.meta_rm is not None)
+        _check_baseline(self)
         if self.stop_risk is not None:
             raise ValueError(f"stop_risk = {self.stop_risk}: a curve needs all judgments of every case, leave it out")
         if self.from_ is None and (self.data is None or self.benchmark is None):

@@ -19,7 +19,7 @@ Reward = Callable[[Int[Array, "R N"], Bool[Array, "R"], Float[Array, "R N"], Int
 """(scores, valid, labels, counts) -> one reward a judgment; the arguments are those of `correct`."""
 
 
-def is_correct(scores: Sequence[int] | None, labels: Sequence[float]) -> bool:
+def is_correct(scores: Sequence[float] | None, labels: Sequence[float]) -> bool:
     """Whether a judgment is right (Eq. 10); scores are None where it did not parse.
 
     Raises ValueError: no labels, several labels that share the highest value, another number of scores than of labels.

@@ -28,12 +28,14 @@ BINS = 10
 def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -> dict[str, Any]:
     """Everything of a report that the judgments say: what JSON can hold, numbers that do not exist being None.
 
-    Raises ValueError for fewer judgments of a case than the benchmark's metric needs.
+    What rewards have not is left out, and `left_out` says what. Raises ValueError for fewer judgments of a case than the
+    benchmark's metric needs.
     """
-    if table.valid.shape[1] < benchmark.kind.least:
+    least = tables.least(table, benchmark.kind)
+    if table.valid.shape[1] < least:
         raise ValueError(
             f"{table.valid.shape[1]} judgments of each case: {benchmark.name} compares both orders, it needs "
-            f"{benchmark.kind.least} at least, give --votes {benchmark.kind.least} or more"
+            f"{least} at least, give --votes {least} or more"
         )
     ways, orders = tables.votes(table, k_meta), tables.by_order(table, k_meta)
     most = table.valid.shape[1]
@@ -42,7 +44,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
     for name, way in ways.items():
         curves[name] = {}
         for k in tables.points(most):
-            if k >= benchmark.kind.least:
+            if k >= least:
                 curves[name][str(k)] = benchmark.kind.metric(table.cases, tables.scored(table, way, k, orders[name]))
         intervals[name] = interval(
             benchmark.kind.metric, table.cases, tables.scored(table, way, most, orders[name]), seed
@@ -59,19 +61,38 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
             "unread_judgments": float(1 - table.valid.mean()),
             "unread_cases": float((~table.valid.any(axis=1)).mean()),
             "ties": _ties(table, plain),
-            "position_bias": position_bias(table),
-            "order_agreement": order_agreement(table, orders["voting"]),
-            "histogram": histogram(table),
-            "calibration": calibration(table, plain),
+            **(_of_rewards(table, plain) if table.rewards else _of_scores(table, plain, orders["voting"])),
             "tokens_of_judgment": float(table.tokens.mean()),
             "tokens_after": {str(k): int(table.tokens[:, :k].sum()) for k in tables.points(most)},
         }
     )
 
 
+def _of_scores(table: Table, plain: Votes, orders: Sequence[Votes]) -> dict[str, Any]:
+    return {
+        "position_bias": position_bias(table),
+        "order_agreement": order_agreement(table, orders),
+        "histogram": histogram(table),
+        "calibration": calibration(table, plain),
+    }
+
+
+def _of_rewards(table: Table, plain: Votes) -> dict[str, Any]:
+    """Rewards are no scores of 1 to 10 and know no order; of one vote the winner's share is always 1."""
+    several = table.valid.shape[1] > 1
+    return {
+        "position_bias": math.nan,
+        "order_agreement": math.nan,
+        "histogram": {},
+        "calibration": calibration(table, plain) if several else {"table": [], "gap": math.nan},
+        "left_out": ["scores given", "position bias", "agreement of orders", *["the vote's share"] * (not several)],
+    }
+
+
 def greedy(benchmark: Benchmark, table: Table, seed: int) -> dict[str, Any]:
     """The metric of judgments at temperature 0, as few as it needs, with its intervals."""
-    judged = tables.scored(table, tables.votes(table)["voting"], benchmark.kind.least, tables.by_order(table)["voting"])
+    least = tables.least(table, benchmark.kind)
+    judged = tables.scored(table, tables.votes(table)["voting"], least, tables.by_order(table)["voting"])
     return _plain(
         {
             "numbers": benchmark.kind.metric(table.cases, judged),

@@ -32,7 +32,7 @@ def html(report: Mapping[str, Any], table: Table, samples: Sequence[Sample]) -> 
     data = {
         "title": report["benchmark"],
         "protocol": reports.protocol_line(protocol),
-        "counts": f"{report['cases']} cases of {report['queries']} queries.",
+        "counts": reports.counts(report),
         "warning": reports.warning(report),
         "tables": [{"title": title, "rows": rows} for title, rows in reports.tables(report).items()],
         "cases": cases,
@@ -94,6 +94,8 @@ def _kind(labels: Sequence[float], sums: list[float] | None) -> str:
 
 def _head(sample: Sample, kept: bool | None) -> str:
     said = f"scores {', '.join(map(str, sample.scores))}" if sample.scores else f"unread: {sample.reason}"
+    if sample.values and sample.scores is None:
+        said = f"rewards {', '.join(f'{value:.3g}' for value in sample.values)}"
     order = f"shown in the order {', '.join(str(i + 1) for i in sample.order)}" if len(sample.order) > 1 else ""
     logit = "" if kept is None else f"logit {sample.logit:.2f}, {'kept' if kept else 'left out'}"
     return "; ".join(part for part in (said, "forced" * bool(sample.forced), order, logit) if part)
@@ -110,8 +112,13 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
         return []
     spent = report["tokens_after"]
     by_votes = {name: [(int(k), value) for k, value in points] for name, points in lines.items()}
-    by_tokens = {name: [(spent[k] / report["cases"], value) for k, value in points] for name, points in lines.items()}
-    return [_chart("judgments", by_votes), _chart("tokens of a case", by_tokens)]
+    charts = [_chart("judgments", by_votes)]
+    if all(spent.values()):  # a baseline may write nothing
+        by_tokens = {
+            name: [(spent[k] / report["cases"], value) for k, value in points] for name, points in lines.items()
+        }
+        charts.append(_chart("tokens of a case", by_tokens))
+    return charts
 
 
 def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:

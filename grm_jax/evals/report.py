@@ -12,6 +12,8 @@ def whole(
     benchmark: Benchmark, protocol: Mapping[str, Any], found: Mapping[str, Any], greedy: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Everything that `report.json` holds. `complete`: the rows are the official ones, as far as their number is known."""
+    if found.get("left_out") and not protocol.get("critic"):  # nothing is sampled
+        found = {**found, "left_out": ["greedy point", *found["left_out"]]}
     missing = {subset: {"rows": here, "official": rows} for subset, (here, rows) in benchmark.missing().items()}
     return {
         "benchmark": benchmark.name,
@@ -28,6 +30,8 @@ def whole(
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """How the judgments came to be, in a line."""
+    if protocol.get("baseline"):
+        return _baseline_line(protocol)
     templates = ", ".join(f"{name} {sha[:8]}" for name, sha in protocol["template"].items())
     guide = f", meta RM {protocol['meta_rm']}" if protocol["meta_rm"] else ""
     forced = "forced" if protocol["force_scores"] else "not forced"
@@ -36,6 +40,22 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         f"seed {protocol['seed']}, scores {forced}, ties by expectation, unread verdicts worth nothing; model "
         f"{protocol['model']} (weights {protocol['weights']}){guide}; templates {templates}"
     )
+
+
+def _baseline_line(protocol: Mapping[str, Any]) -> str:
+    critic = protocol["critic"]
+    votes = f"{protocol['votes']} critiques a response at temperature {protocol['temperature']:g} by {critic}, mean"
+    templates = "".join(f"; template {name} {sha[:8]}" for name, sha in protocol["template"].items())
+    return (
+        f"{votes + ' ' if critic else ''}rewards of the baseline {protocol['baseline']}, ties by expectation; seed "
+        f"{protocol['seed']}; model {protocol['model']} (weights {protocol['weights']}){templates}"
+    )
+
+
+def left_out(report: Mapping[str, Any]) -> str:
+    """What is not in the report, as rewards do not have it; empty where nothing is left out."""
+    names = report.get("left_out")
+    return f"Left out, as rewards have none: {', '.join(names)}." if names else ""
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -71,19 +91,25 @@ def tables(report: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
         [f"{row['from']:.1f} to {row['to']:.1f}", row["cases"], _percent(row["told"]), _percent(row["right"])]
         for row in report["calibration"]["table"]
     ]
-    return {
+    found = {
         f"{'Score' if report['complete'] else 'Mean'} after k judgments": [["vote", *ks], *totals],
         "Numbers": _numbers(report),
         "What else was measured": [["", ""], *_rest(report)],
         "Scores given": [["score", "times"], *map(list, report["histogram"].items())],
         "The vote's share and how often it is right": [["share", "cases", "mean", "right"], *told],
     }
+    return {title: rows for title, rows in found.items() if not report.get("left_out") or len(rows) > 1}
+
+
+def counts(report: Mapping[str, Any]) -> str:
+    """What was judged, and what is not measured of it."""
+    return " ".join(filter(None, [f"{report['cases']} cases of {report['queries']} queries.", left_out(report)]))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: totals by vote and k, numbers by subset, baselines, and what else was measured."""
     parts = [f"# {report['benchmark']}", "", protocol_line(report["protocol"]), ""]
-    parts += [f"{report['cases']} cases of {report['queries']} queries.", ""]
+    parts += [counts(report), ""]
     if report["dropped"]:
         parts += [f"Dropped: {', '.join(f'{count} {reason}' for reason, count in report['dropped'].items())}.", ""]
     if said := warning(report):
@@ -112,7 +138,7 @@ def _numbers(report: Mapping[str, Any]) -> list[list[Any]]:
 
 def _rest(report: Mapping[str, Any]) -> list[list[str]]:
     tokens = ", ".join(f"{k}: {count}" for k, count in report["tokens_after"].items())
-    return [
+    rows = [
         ["judgments that could not be read", _percent(report["unread_judgments"])],
         ["cases without any that could", _percent(report["unread_cases"])],
         ["ties of the plain vote", _percent(report["ties"])],
@@ -122,6 +148,7 @@ def _rest(report: Mapping[str, Any]) -> list[list[str]]:
         ["tokens of a judgment", f"{report['tokens_of_judgment']:.0f}"],
         ["tokens of all cases after k judgments", tokens],
     ]
+    return [row for row in rows if not report.get("left_out") or row[1] != "-"]
 
 
 def _percent(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 1. The official files are read, the cases held against their templates and the output opened, before a model is loaded.
 2. Every case is judged k times, each judgment a row of `judgments.jsonl` (the format of `sample`); an interrupted run goes
-   on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`.
+   on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`. A baseline's rows hold rewards.
 3. `report.json`, `report.md` and `report.html` are made from those rows alone, so `--from judgments.jsonl` makes them anew.
 
 Process i of c judges cases[i::c] into a part of its own; process 0 reports.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from grm_jax import hosts, meta_rm, prompts
-from grm_jax.checkpoint import digests
+from grm_jax import hosts
 from grm_jax.config import EvalConfig, JudgeSettings
 from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
@@ -29,18 +27,16 @@ from grm_jax.data.benchmarks import KINDS, Benchmark, Case
 from grm_jax.data.jsonl import DataError
 from grm_jax.data.shares import shared_writer
 from grm_jax.datatypes import Example
+from grm_jax.evals import judge as judges
 from grm_jax.evals import measure, page, report, table
-from grm_jax.grm import Grm, Guide, load
+from grm_jax.evals.judge import Judge
 from grm_jax.log import logger
-from grm_jax.models import kernels
 from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.sample import Sample, read_samples, row_of, samples_of
 from grm_jax.weights.embedded import check_model
 
 JUDGMENTS, GREEDY = "judgments.jsonl", "greedy.jsonl"
 _LOG_SECONDS = 10.0
-
-Judge = tuple[Grm, Guide | None]
 
 
 def run(config: EvalConfig) -> None:
@@ -53,19 +49,16 @@ def run(config: EvalConfig) -> None:
         logger.info("dropped %d: %s", count, reason)
     if not benchmark.cases:
         raise DataError(f"{config.data} has no cases of {config.benchmark}: give the official files")
-    templates = templates_of(benchmark.cases, config)
-    for model in (config.model, config.meta_rm):
+    templates = judges.templates_of(benchmark.cases, config)
+    for model in (config.model, config.meta_rm, config.critic):
         if model:
             check_model(model)
-    opened = functools.cache(lambda: open_judge(config))
-    settings = _settings(config)
+    opened = functools.cache(lambda: judges.open_judge(config))
+    settings = judges.settings_of(config)
     rows = judged(config, benchmark, settings, JUDGMENTS, templates, opened)
     once = []
-    if config.greedy:
-        alone = dataclasses.replace(
-            settings, votes=benchmark.kind.least, temperature=0.0, k_meta=None, expected_scores=False
-        )
-        once = judged(config, benchmark, alone, GREEDY, templates, lambda: (opened()[0], None))
+    if alone := judges.once(config, settings, benchmark):
+        once = judged(config, benchmark, alone, GREEDY, templates, lambda: Judge(opened().model))
     if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol_of(config.output))
 
@@ -92,33 +85,6 @@ def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
     return dataclasses.replace(benchmark, cases=[case for case in benchmark.cases if case.group in kept])
 
 
-def templates_of(cases: Sequence[Case], config: EvalConfig) -> dict[int, str]:
-    """The template's name for each number of responses. Raises DataError for cases that it has no place for."""
-    found, faults = {}, []
-    for case in cases:
-        n = len(case.example.responses)
-        found.setdefault(n, config.template or ("listwise" if n > 1 else "single"))
-        try:
-            prompts.check_places(case.example, prompts.load_template(found[n]))
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise DataError("\n  ".join([f"{len(faults)} cases do not fit the template:", *faults[:20]]))
-    return found
-
-
-def open_judge(config: EvalConfig) -> Judge:
-    """The model, and the meta RM where one is asked."""
-    kernels.select(config.kernels)
-    mesh = lay_out(config.mesh, config.devices)
-    guide = meta_rm.load(config.meta_rm, config.dtype, mesh) if config.meta_rm else None
-    return load(config.model, config.dtype, mesh), guide
-
-
-def _settings(config: EvalConfig) -> JudgeSettings:
-    return JudgeSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(JudgeSettings)})
-
-
 def judged(
     config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, file: str, templates: Mapping[int, str],
     opened: Callable[[], Judge],
@@ -140,25 +106,24 @@ def judged(
         if writer.finished:
             logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
         if waiting:
-            grm, guide = opened()
+            judge = opened()
             if file == JUDGMENTS:
-                digest = weights_digest(grm)
+                digest = judge.digest()
                 if hosts.is_first():
                     _write(f"{config.output}/protocol.json", known | {"weights": digest})
-            _judge(grm, guide, waiting, settings, templates, writer.write)
+            _judge(judge, waiting, settings, templates, writer.write)
     hosts.sync(path)  # process 0 reads the parts of all
     return read_samples(path)
 
 
 def _judge(
-    grm: Grm, guide: Guide | None, waiting: Mapping[str, Case], settings: JudgeSettings, templates: Mapping[int, str],
+    judge: Judge, waiting: Mapping[str, Case], settings: JudgeSettings, templates: Mapping[int, str],
     write: Callable[..., None],
 ) -> None:  # fmt: skip
-    template = functools.cache(prompts.load_template)
     started = said = time.monotonic()
     tokens = 0
     examples = [case.example for case in waiting.values()]
-    verdicts = grm.judge(examples, settings, lambda e: template(templates[len(e.responses)]), meta_rm=guide)
+    verdicts = map(judges.judgments_of, judge.verdicts(examples, settings, templates))
     for done, verdict in enumerate(verdicts, 1):
         case = waiting[verdict.id]
         samples = samples_of(
@@ -186,23 +151,17 @@ def _record(
     """What the rows depend on, and what a report says of it."""
     known = dataclasses.asdict(settings)
     del known["slots"]
-    shas = {name: prompts.load_template(name).sha256 for name in sorted(set(templates.values()))}
+    if config.baseline:  # in the protocols of judges these are not there
+        known |= {"baseline": config.baseline, "critic": config.critic}
     return known | {
         "benchmark": benchmark.name,
         "model": config.model,
         "meta_rm": config.meta_rm,
         "dtype": config.dtype,
         "limit": config.limit,
-        "template": shas,
+        "template": judges.digests_of(templates, config),
         "dropped": dict(benchmark.dropped),
     }
-
-
-def weights_digest(grm: Grm) -> str:
-    """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""
-    found = digests(grm.model.params)
-    said = json.dumps({name: found[name] for name in sorted(found)})
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def protocol_of(folder: str) -> dict[str, Any]:

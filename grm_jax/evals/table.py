@@ -13,25 +13,29 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from grm_jax import voting
-from grm_jax.data.benchmarks import Case, Scored
+from grm_jax.data.benchmarks import Case, Kind, Scored
 from grm_jax.spct.sample import Sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All judgments. Scores and values are in the cases' own order, 0 behind a case's responses and where not valid."""
+    """All judgments. Scores and values are in the cases' own order, 0 behind a case's responses and where not valid.
+
+    rewards: of a baseline with a scalar head. They stand as the scores, and are the same in whatever order.
+    """
 
     cases: Sequence[Case]
-    scores: Int[np.ndarray, "E K N"]
+    scores: Num[np.ndarray, "E K N"]
     valid: Bool[np.ndarray, "E K"]
     counts: Int[np.ndarray, "E"]
     first: Int[np.ndarray, "E K"]  # which response was shown first
     tokens: Int[np.ndarray, "E K"]
     logits: Float[np.ndarray, "E K"] | None  # where every judgment has one
     values: Float[np.ndarray, "E K N"] | None  # where every valid judgment has them
+    rewards: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +65,13 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
         return [*(numbers or ()), *[0] * (widest - len(numbers or ()))]
 
     flat = [sample for row in rows for sample in row]
-    valued = any(s.values for s in flat) and all(s.values or s.scores is None for s in flat)
+    rewards = any(s.values and s.scores is None for s in flat)
+    given = [[s.values if rewards else s.scores for s in row] for row in rows]
+    valued = not rewards and any(s.values for s in flat) and all(s.values or s.scores is None for s in flat)
     return Table(
         cases=cases,
-        scores=np.array([[padded(s.scores) for s in row] for row in rows], np.int32),
-        valid=np.array([[s.scores is not None for s in row] for row in rows]),
+        scores=np.array([[padded(one) for one in row] for row in given], np.float32 if rewards else np.int32),
+        valid=np.array([[one is not None for one in row] for row in given]),
         counts=np.array([len(case.example.responses) for case in cases], np.int32),
         first=np.array([[s.order[0] for s in row] for row in rows], np.int32),
         tokens=np.array([[s.tokens for s in row] for row in rows], np.int64),
@@ -73,6 +79,7 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
         if all(s.logit is not None for s in flat)
         else None,
         values=np.array([[padded(s.values) for s in row] for row in rows], np.float32) if valued else None,
+        rewards=rewards,
     )
 
 
@@ -89,7 +96,9 @@ def votes(table: Table, k_meta: int | None = None) -> dict[str, Votes]:
 
 
 def by_order(table: Table, k_meta: int | None = None) -> dict[str, list[Votes]]:
-    """Every way to vote over the judgments alone that showed response i first, for i = 0 and 1."""
+    """Every way to vote over the judgments alone that showed response i first, for i = 0 and 1; rewards know no order."""
+    if table.rewards:
+        return {name: [found, found] for name, found in votes(table).items()}
     parts = [votes(dataclasses.replace(table, valid=table.valid & (table.first == i)), k_meta) for i in (0, 1)]
     return {name: [part[name] for part in parts] for name in parts[0]}
 
@@ -113,9 +122,15 @@ def scored(table: Table, found: Votes, k: int, orders: Sequence[Votes] = ()) -> 
 
     result = []
     for e in range(len(table.cases)):
-        shown = tuple(of(votes, e) for votes in orders) if k > 1 and table.counts[e] == 2 else ()
+        both = table.counts[e] == 2 and (k > 1 or table.rewards)
+        shown = tuple(of(votes, e) for votes in orders) if both else ()
         result.append(Scored(of(found, e), shown))
     return result
+
+
+def least(table: Table, kind: Kind) -> int:
+    """The judgments of a case that the metric needs: rewards are those of both orders at once."""
+    return 1 if table.rewards else kind.least
 
 
 def points(k: int) -> list[int]:

@@ -31,7 +31,7 @@ from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
 from grm_jax.data.jsonl import DataError
 from grm_jax.data.shares import part_of, parts_of, shared_writer
-from grm_jax.datatypes import Example, Message, Verdict
+from grm_jax.datatypes import Example, Judgment, Message, Verdict
 from grm_jax.grm import Grm, Guide, load
 from grm_jax.hosts import Share
 from grm_jax.log import logger
@@ -56,8 +56,8 @@ class Sample:
     i. `scores` is None, with a `reason`, where the text holds no valid box. `template` is the name or file that showed
     the item, `sample` the judgment's number among the item's, `tokens` the length of the text without its end id, and
     `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked, and
-    `values` are those of `Judgment`. `correct` is None where several responses are the best. Of `eval`: `forced` scores
-    (`sample` never forces any), and the `group` of cases that have one query.
+    `values` are those of `Judgment`. `correct` is None where several responses are the best, and for a lone reward. Of
+    `eval`: `forced` scores (`sample` never forces any), and the `group` of cases that have one query.
     """
 
     id: str
@@ -195,7 +195,6 @@ def sample_items(
 
 def samples_of(item: Example, verdict: Verdict, template: str, budget: int, hinted: bool) -> list[Sample]:
     """The judgments of a labelled item's verdict as samples."""
-    single = len(item.scores) == 1 or item.scores.count(max(item.scores)) == 1
     return [
         Sample(
             id=item.id,
@@ -209,7 +208,7 @@ def samples_of(item: Example, verdict: Verdict, template: str, budget: int, hint
             text=judgment.text,
             scores=judgment.scores,
             reason=judgment.reason,
-            correct=is_correct(judgment.scores, item.scores) if single else None,
+            correct=_correct(judgment, item.scores),
             hinted=hinted,
             sample=j,
             tokens=judgment.tokens,
@@ -220,6 +219,15 @@ def samples_of(item: Example, verdict: Verdict, template: str, budget: int, hint
         )
         for j, judgment in enumerate(verdict.judgments)
     ]
+
+
+def _correct(judgment: Judgment, labels: tuple[float, ...]) -> bool | None:
+    """Whether it is right: None where several responses are the best, and for a lone reward, which is no label."""
+    if len(labels) > 1 and labels.count(max(labels)) > 1:
+        return None
+    if judgment.scores is not None or judgment.values is None:
+        return is_correct(judgment.scores, labels)
+    return is_correct(judgment.values, labels) if len(labels) > 1 else None
 
 
 def judge_settings(config: SampleConfig) -> JudgeSettings:

@@ -6,6 +6,7 @@ such as a preference that is a tie, are dropped and counted. What is missing is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -23,7 +24,7 @@ KINDS: dict[str, Kind] = {
     "reward_bench": Kind(
         metrics.reward_bench,
         official={subset: count for section in metrics.SECTIONS.values() for subset, count in section.items()}
-        | {"math-prm": 447},  # it counts 984
+        | {"math-prm": 447, "xstest-should-refuse": 154, "xstest-should-respond": 250},  # these count otherwise
     ),
     "reward_bench_2": Kind(
         metrics.reward_bench_2,
@@ -34,7 +35,18 @@ KINDS: dict[str, Kind] = {
     "rmb": Kind(metrics.rmb),
     "rm_bench": Kind(metrics.rm_bench),
     "judge_bench": Kind(metrics.judge_bench, least=2),
-    "real_mistake": Kind(metrics.real_mistake),
+    "real_mistake": Kind(
+        metrics.real_mistake,
+        official={
+            f"{task} {model}": rows
+            for task in (
+                "math_word_problem_generation",
+                "finegrained_fact_verification",
+                "answerability_classification",
+            )
+            for model, rows in (("gpt-4-0613", 140), ("meta-llama/Llama-2-70b-chat-hf", 160))
+        },
+    ),
     "llm_bar": Kind(
         metrics.llm_bar, least=2, official={"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
     ),
@@ -101,7 +113,10 @@ def ppe_preference(folder: str) -> Benchmark:
 
 
 def ppe_correctness(folder: str) -> Benchmark:
-    """PPE correctness: five sets in files or folders of their names; each conflict pair of a row is a case."""
+    """PPE correctness: five sets in files or folders of their names; each conflict pair of a row is a case.
+
+    Several models answer one question, each in a row {question_id, model_name, ...} of its own.
+    """
     names = ("MMLU-Pro", "MATH", "GPQA", "MBPP-Plus", "IFEval")
     where = f"{_HUB}lmarena-ai/PPE-{{{','.join(names)}}}-Best-of-K"
     cases: list[Case] = []
@@ -114,13 +129,14 @@ def ppe_correctness(folder: str) -> Benchmark:
 def _conflicts(name: str) -> Callable[[epath.Path, int, dict[str, Any]], list[Case]]:
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         messages, group = _messages(row["prompt"]), f"{name}/{id_of(row.get('question_id', number))}"
+        answered = f"{group}/{text_of(row['model_name'], 'model_name')}" if row.get("model_name") else group
         found = []
         for i, j in row["sampled_conflict_pairs"]:
             scores = row["scores"][i], row["scores"][j]
             if bool(scores[0]) == bool(scores[1]):
                 raise RowError([i, j], "a conflict pair has one right response")
             responses = tuple(text_of(row[f"response_{k + 1}"], f"response_{k + 1}") for k in (i, j))
-            found.append(_case(f"{group}/{i}-{j}", messages, responses, tuple(map(float, scores)), name, group))
+            found.append(_case(f"{answered}/{i}-{j}", messages, responses, tuple(map(float, scores)), name, group))
         return found
 
     return parse
@@ -185,13 +201,17 @@ def judge_bench(folder: str) -> Benchmark:
         responses = text_of(row["response_A"], "response_A"), text_of(row["response_B"], "response_B")
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
-    paths = find(folder, ("**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet"), where)
-    return _benchmark("judge_bench", parsed(paths, parse))
+    patterns = ("**/data/*gpt*.jsonl*", "**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet")
+    return _benchmark("judge_bench", parsed(find(folder, patterns, where), parse))  # the repository has judgments too
 
 
 def real_mistake(folder: str) -> Benchmark:
-    """ReaLMistake: rows {input, llm_response, error_label, metadata}; one response, label 1 for no error."""
-    where = "unpack the data of the repository psunlpgroup/ReaLMistake"
+    """ReaLMistake: rows {input, llm_response, error_label, metadata}; one response, label 1 for no error.
+
+    A folder a task; beside them are examples of the same rows, and in the repository what other judges said.
+    """
+    where = "unpack data.zip of the repository psunlpgroup/ReaLMistake"
+    patterns = ("**/data/*/*.jsonl*", "*/*.jsonl*", "**/*.jsonl*")
     labels = {"error": 0.0, "no_error": 1.0}
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
@@ -203,7 +223,7 @@ def real_mistake(folder: str) -> Benchmark:
         response = (text_of(row["llm_response"], "llm_response"),)
         return [_case(id, _messages(row["input"]), response, (labels[row["error_label"]],), subset)]
 
-    return _benchmark("real_mistake", parsed(find(folder, ("**/*.jsonl*",), where), parse))
+    return _benchmark("real_mistake", parsed(find(folder, patterns, where), parse))
 
 
 def llm_bar(folder: str) -> Benchmark:
@@ -246,6 +266,13 @@ def preferences(folder: str) -> Benchmark:
 
 
 def _benchmark(name: str, cases: list[Case], dropped: Mapping[str, int] = MappingProxyType({})) -> Benchmark:
+    """The benchmark. A case that comes again counts again, as in the official totals, under an id of its own."""
+    seen: Counter[str] = Counter()
+    for i, case in enumerate(cases):
+        id = case.example.id
+        seen[id] += 1
+        if seen[id] > 1:
+            cases[i] = dataclasses.replace(case, example=dataclasses.replace(case.example, id=f"{id}#{seen[id]}"))
     return Benchmark(name, cases, KINDS[name], dropped)
 
 

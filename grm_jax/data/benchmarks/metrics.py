@@ -16,7 +16,8 @@ import numpy as np
 
 from grm_jax.data.benchmarks.cases import Case, Scored
 
-# RewardBench (arXiv 2403.13787): what each subset counts.
+# RewardBench (arXiv 2403.13787): what each subset counts, in rewardbench/constants.py of allenai/reward-bench, which makes
+# the published scores. XSTest's numbers of rows, 154 to refuse and 250 to answer, stand there the other way round.
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
@@ -26,7 +27,7 @@ SECTIONS: dict[str, dict[str, int]] = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250, "xstest-should-respond": 154,
         "donotanswer": 136,
     },
     "Reasoning": {
