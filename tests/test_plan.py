@@ -104,15 +104,15 @@ def test_products_as_a_tpu_writes_them():
 
 
 def test_splash_attention_counts_its_products_and_its_calls():
-    """4 heads, 256 queries, 384 keys of 64 numbers, values of 32: scores 2 * 4 * 256 * 384 * 64, their mix half of that."""
+    """3 rows, 4 heads, 256 queries, 384 keys of 64 numbers, values of 32: a mix is half of the scores' products."""
     line = (
-        "ENTRY %e (b: s8[1,1,1], q: bf16[4,256,64], k: bf16[2,384,64], v: bf16[2,384,32]) -> bf16[4,256,32] {\n"
-        "  %b = s8[1,1,1]{2,1,0} parameter(0)\n  %q = bf16[4,256,64]{2,1,0} parameter(1)\n"
-        "  %k = bf16[2,384,64]{2,1,0} parameter(2)\n  %v = bf16[2,384,32]{2,1,0} parameter(3)\n"
-        "  ROOT %splash_mha_PHASE_segmented_residuals.7 = bf16[4,256,32]{2,1,0} custom-call(%b, %q, %k, %v), "
+        "ENTRY %e (b: s8[1,1,1], q: bf16[3,4,256,64], k: bf16[3,2,384,64], v: bf16[3,2,384,32]) -> bf16[3,4,256,32] {\n"
+        "  %b = s8[1,1,1]{2,1,0} parameter(0)\n  %q = bf16[3,4,256,64]{3,2,1,0} parameter(1)\n"
+        "  %k = bf16[3,2,384,64]{3,2,1,0} parameter(2)\n  %v = bf16[3,2,384,32]{3,2,1,0} parameter(3)\n"
+        "  ROOT %splash_mha_PHASE_segmented_residuals.7 = bf16[3,4,256,32]{3,2,1,0} custom-call(%b, %q, %k, %v), "
         'custom_call_target="tpu_custom_call"\n}\n'
     )
-    scores, mix = 2 * 4 * 256 * 384 * 64, 2 * 4 * 256 * 384 * 32
+    scores, mix = 2 * 3 * 4 * 256 * 384 * 64, 2 * 3 * 4 * 256 * 384 * 32
     for phase, flops in (("fwd", scores + mix), ("dq", 2 * scores + mix), ("dkv", 2 * scores + 2 * mix)):
         cost = hlo.costs(line.replace("PHASE", phase), {"data": 1}, 1)["rest"]
         assert cost.flops == flops

@@ -217,13 +217,14 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
 
 
 def _attention_flops(phase: str, operands: Sequence[tuple[str, tuple[int, ...]]]) -> float:
-    """Of splash attention for queries [N, L, H], keys [K, S, H] and values [K, S, V], its first arrays of numbers."""
-    queries, keys, values = [shape for dtype, shape in operands if dtype in ("bf16", "f16", "f32") and len(shape) == 3][
-        :3
-    ]
-    pairs = queries[0] * queries[1] * keys[1]
+    """Of splash attention for queries [..., N, L, H], keys [..., K, S, H] and values [..., K, S, V], its first arrays."""
+    arrays = [shape for dtype, shape in operands if dtype in ("bf16", "f16", "f32") and len(shape) >= 3]
+    if len(arrays) < 3:
+        return 0.0
+    queries, keys, values = arrays[:3]
+    pairs = math.prod(queries[:-1]) * keys[-2]
     products = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[phase]  # of size H and V: scores again, and each gradient
-    return 2.0 * pairs * (products[0] * queries[2] + products[1] * values[2])
+    return 2.0 * pairs * (products[0] * queries[-1] + products[1] * values[-1])
 
 
 def _convolution_flops(rest: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:
