@@ -2,13 +2,16 @@
 
 1. A judgment adds to the leader's margin over each rival the difference of their two scores.
 2. A margin that no number of the remaining judgments can make up is settled: risk 0.
-3. Else the differences are taken for draws from a normal distribution of unknown mean and variance, under a weak
-   conjugate prior; the sum of those to come then has a Student distribution, and the risk is the probability that it
-   takes the margin away (a tie counts as taken). Rivals' risks are added up, a bound on their union.
+3. Else the risk is the probability that the differences to come take the margin away (a tie counts as taken), under
+   the worse of two models, each with a weak conjugate prior. By size: differences are draws from a normal distribution
+   of unknown mean and variance, and the sum of those to come has a Student distribution. By sign: they are all of one
+   size, for or against the leader with an unknown share, and the number of those against has a beta-binomial
+   distribution; four judgments that agree to the point look certain by size, and are not.
+4. Rivals' risks are added up, a bound on their union.
 
-This module's own, not the paper's, which draws all k. The prior: one imagined difference of 0, whose standard deviation
-is a quarter of the scores' range, so that two judgments that happen to agree do not look certain.
-Source of the predictive distribution: Gelman et al., Bayesian Data Analysis, 3rd ed., section 3.3.
+This module's own, not the paper's, which draws all k. The priors: one imagined difference of 0, whose standard deviation
+is a quarter of the scores' range; and two imagined judgments for each side.
+Sources: Gelman et al., Bayesian Data Analysis, 3rd ed., sections 3.3 (Student) and 2.4, exercise 2.1 (beta-binomial).
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import special
 
+_PAIRS, _PARTS = 8, 8
 PRIOR_COUNT = 1.0  # imagined differences
+PRIOR_SIDE = 2.0  # imagined judgments for the leader, and against
 
 
 def change_risk(scores: Sequence[Sequence[int]], left: int, low: int, high: int) -> float:
@@ -45,9 +51,13 @@ def change_risk(scores: Sequence[Sequence[int]], left: int, low: int, high: int)
 
 def _overtaken(differences: Sequence[int], left: int, reach: int) -> float:
     """The probability that the sum of `left` more differences takes away the sum of these, which is above 0."""
-    margin, count = sum(differences), len(differences)
-    if margin > left * reach:
+    if sum(differences) > left * reach:
         return 0.0
+    return max(_by_size(differences, left, reach), _by_sign(differences, left))
+
+
+def _by_size(differences: Sequence[int], left: int, reach: int) -> float:
+    margin, count = sum(differences), len(differences)
     mean = margin / count
     spread = sum((d - mean) ** 2 for d in differences)
     # Normal-inverse-gamma: prior mean 0 with weight PRIOR_COUNT, two degrees of freedom for the variance.
@@ -58,9 +68,22 @@ def _overtaken(differences: Sequence[int], left: int, reach: int) -> float:
     return float(special.stdtr(freedom, -(margin + expected) / scale))
 
 
+def _by_sign(differences: Sequence[int], left: int) -> float:
+    told = [d for d in differences if d]
+    ahead = sum(differences) * len(told) / sum(map(abs, told))  # in judgments of the mean size
+    split = PRIOR_SIDE + (len(differences) - len(told)) / 2
+    against, favour = split + sum(d < 0 for d in told), split + sum(d > 0 for d in told)
+    least = math.ceil((left + ahead) / 2 - 1e-9)  # of those to come have to be against the leader
+    ways = np.arange(least, left + 1)
+    chosen = special.gammaln(left + 1) - special.gammaln(ways + 1) - special.gammaln(left - ways + 1)
+    told_so = special.betaln(ways + against, left - ways + favour) - special.betaln(against, favour)
+    return float(np.exp(chosen + told_so).sum())
+
+
 def rounds(votes: int) -> list[range]:
-    """Sample numbers 0..votes - 1 in rounds: two, then each round as many as there were before."""
+    """Sample numbers 0..votes - 1 in rounds: of two up to 8, then of an eighth of all, at least two."""
     ends = [0]
     while ends[-1] < votes:
-        ends.append(min(max(2, 2 * ends[-1]), votes))
+        step = 2 if ends[-1] < _PAIRS else max(2, votes // _PARTS)
+        ends.append(min(ends[-1] + step, votes))
     return [range(start, end) for start, end in itertools.pairwise(ends)]

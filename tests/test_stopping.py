@@ -20,15 +20,24 @@ def test_what_has_no_winner_is_open():
         change_risk([(5, 4)], left=-1, low=1, high=10)
 
 
-def test_the_predictive_probability_by_hand():
-    """Differences 4 and 2, two to come, range 9: a Student distribution of 4 degrees, worked out step by step.
+def test_the_probability_by_size_by_hand():
+    """Differences 1, eight times, and -5; four to come, range 9: a Student distribution of 11 degrees, step by step.
 
-    Squares 2 * 2.25^2 + 2 + 1 * 2 / 3 * 3^2 = 18.125; expected sum 2 * 6 / 3 = 4; scale
-    sqrt(18.125 / 4 * 2 * (1 + 2 / 3)) = 3.8865; the probability below -10 / 3.8865 = -2.573.
+    Mean 1 / 3; squares 2 * 2.25^2 + 32 + 0.9 / 9 = 42.225; expected sum 4 * 3 / 10 = 1.2; scale
+    sqrt(42.225 / 11 * 4 * 1.4) = 4.6364; the probability below -4.2 / 4.6364. By sign 360 / 43,680: three of 13 against.
     """
     from scipy import stats
 
-    assert change_risk([(6, 2), (5, 3)], left=2, low=1, high=10) == pytest.approx(stats.t.cdf(-2.573, 4), abs=1e-4)
+    scores = [(6, 5)] * 8 + [(1, 6)]
+    assert change_risk(scores, left=4, low=1, high=10) == pytest.approx(stats.t.cdf(-4.2 / 4.6364, 11), abs=1e-4)
+
+
+def test_the_probability_by_sign_by_hand():
+    """Four that agree, four to come: all would have to be against. 2 of 8 imagined: 2 * 3 * 4 * 5 / (8 * 9 * 10 * 11)."""
+    assert change_risk([(7, 3)] * 4, left=4, low=1, high=10) == pytest.approx(120 / 7920)
+    assert change_risk([(7, 3)] * 4 + [(5, 5)], left=4, low=1, high=10) == pytest.approx(
+        2.5 * 3.5 * 4.5 * 5.5 / (9 * 10 * 11 * 12)
+    ), "a tie stands for half of each"
 
 
 def test_rivals_add_up():
@@ -58,8 +67,29 @@ def test_winners_change_no_more_often_than_the_risk(risk):
     assert spent < 2000 * 32 * 0.7
 
 
-@pytest.mark.parametrize("votes", [1, 2, 3, 7, 8, 32])
+@pytest.mark.parametrize("risk", [0.02, 0.05])
+def test_judges_that_are_right_or_wrong_alike_are_not_taken_for_certain(risk):
+    """Differences of one size, right with a probability that examples differ in: the first four often agree by chance."""
+    rng = np.random.default_rng(1)
+    changed = stopped = spent = 0
+    for share in rng.beta(2, 2, 2000):
+        differences = np.where(rng.random(32) < share, 4, -4)
+        votes = [(5 + d // 2, 5 - d // 2) for d in differences.tolist()]
+        for drawn in rounds(32):
+            if change_risk(votes[: drawn.stop], 32 - drawn.stop, 1, 10) <= risk:
+                break
+        spent += drawn.stop
+        if drawn.stop < 32:
+            stopped += 1
+            changed += differences[: drawn.stop].sum() * differences.sum() <= 0
+    assert stopped > 1000
+    assert changed / stopped <= risk
+    assert spent < 2000 * 32 * 0.7
+
+
+@pytest.mark.parametrize("votes", [1, 2, 3, 7, 8, 32, 200])
 def test_rounds_are_all_votes_once(votes):
     drawn = rounds(votes)
     assert [j for part in drawn for j in part] == list(range(votes))
-    assert all(len(part) <= max(2, part.start) for part in drawn)
+    assert all(len(part) <= max(2, votes // 8) for part in drawn)
+    assert len(drawn) <= 12
