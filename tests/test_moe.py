@@ -122,9 +122,17 @@ def loop(x_RD, ids, weights, matrices, activation):
     return out
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-5), ("bfloat16", 0.1)])
-def test_grouped_products_are_a_loop_over_experts(dtype: str, atol: float) -> None:
-    """In value and in all gradients, with an expert that gets no token and one that gets nearly all."""
+@pytest.mark.parametrize(
+    ("dtype", "atol", "piece"), [("float32", 2e-5, 4096), ("float32", 2e-5, 3), ("bfloat16", 0.1, 4)]
+)
+def test_grouped_products_are_a_loop_over_experts(
+    dtype: str, atol: float, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In value and in all gradients, with an expert that gets no token and one that gets nearly all.
+
+    All tokens at once, in three pieces, and whole where pieces would not be of one size.
+    """
+    monkeypatch.setattr(mixture, "_PIECE", piece)
     rng = np.random.default_rng(0)
     shapes = (4, 6, 5), (4, 6, 5), (4, 5, 6)
     matrices = tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
@@ -161,8 +169,11 @@ def test_load_metrics_by_hand() -> None:
     "axes",
     [pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2, "expert": 2}],
 )
-def test_experts_over_devices_are_those_of_one(axes: dict[str, int]) -> None:
-    """Hidden states, loads and gradients; and no device gathers matrices of experts that it does not hold."""
+def test_experts_over_devices_are_those_of_one(axes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states, loads and gradients, in pieces of at most 8 tokens on each device.
+
+    And no device gathers matrices of experts that it does not hold.
+    """
     model = tiny_model(dataclasses.replace(DEEPSEEK, vocab_size=260))
     mesh, rng = make_mesh(**axes), np.random.default_rng(2)
     tokens, positions = rng.integers(0, 256, (8, 6)), np.tile(np.arange(6), (8, 1))
@@ -174,6 +185,7 @@ def test_experts_over_devices_are_those_of_one(axes: dict[str, int]) -> None:
 
     step = jax.jit(jax.value_and_grad(total, has_aux=True))
     (_, (hidden, loads)), grads = step(model.params, tokens, positions)
+    monkeypatch.setattr(mixture, "_PIECE", 8)
     _, shapes = split_abstract(model.config)
     params = {n: jax.device_put(v, parameter_sharding(mesh, n, *shapes[n])) for n, v in model.params.items()}
     assert params["layers.0.mlp.experts.down"].addressable_shards[0].data.shape[0] == 8 // axes["expert"]

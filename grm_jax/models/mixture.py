@@ -15,6 +15,7 @@ Shapes: R tokens, E experts, K experts a token, A = R * K assignments, D model, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from grm_jax.models.config import DecoderConfig, Experts
 from grm_jax.models.layers import Mlp, activated, param, vector
 from grm_jax.sharding import ROWS, TRAINING
 
+_PIECE = 4096  # tokens that go through the experts at once
 # Rows of the left side lie in runs, one an expert; the right side is contracted over its last axis, [E, O, I].
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
@@ -82,6 +84,16 @@ def _of_these(
     return jnp.einsum("RKD,RK->RD", out_AD[place_A].reshape(*chosen_RK.shape, -1), weights_RK)
 
 
+def _in_pieces(of_these: Callable[..., jax.Array], *tokens: jax.Array) -> jax.Array:
+    """Many tokens in pieces, computed again in the backward pass: a token takes up as many rows as it has experts."""
+    count = tokens[0].shape[0]
+    parts = -(-count // _PIECE)
+    if parts == 1 or count % parts:
+        return of_these(*tokens)
+    parted = [x.reshape(parts, -1, *x.shape[1:]) for x in tokens]
+    return jax.lax.map(lambda part: jax.checkpoint(of_these)(*part), parted).reshape(count, -1)
+
+
 def through_experts(
     x_RD: Float[Array, "R D"],
     chosen_RK: Int[Array, "R K"],
@@ -97,7 +109,9 @@ def through_experts(
     mesh = mesh or jax.typeof(matrices[0]).sharding.mesh
     sizes = dict(mesh.shape)
     if all(size == 1 for size in sizes.values()):
-        return _of_these(activation, jnp.int32(0), x_RD, chosen_RK, weights_RK, *matrices)
+        return _in_pieces(
+            lambda *some: _of_these(activation, jnp.int32(0), *some, *matrices), x_RD, chosen_RK, weights_RK
+        )
     over, inner = (TRAINING[name] if sizes.get(TRAINING[name], 1) > 1 else None for name in ("expert", "mlp"))
     rows = tuple(axis for axis in ROWS if axis != over and sizes.get(axis, 1) > 1)
     parts = math.prod(sizes[axis] for axis in rows)
@@ -110,9 +124,9 @@ def through_experts(
         # What devices share is said to be each one's own, so that its gradient is summed over them: left to itself,
         # jax 0.10.2 does not sum that of gathered rows.
         tokens = (jax.lax.pcast(x, summed, to="varying") if summed else x for x in arrays[:3])
-        own = (jax.lax.pcast(w, rows, to="varying") if rows else w for w in arrays[3:])
+        own = [jax.lax.pcast(w, rows, to="varying") if rows else w for w in arrays[3:]]
         first = jax.lax.axis_index(over) * here if over else jnp.int32(0)
-        out = _of_these(activation, first, *tokens, *own)
+        out = _in_pieces(lambda *some: _of_these(activation, first, *some, *own), *tokens)
         if not scattered:
             return jax.lax.psum(out, summed) if summed else out
         out = jax.lax.psum(out, inner) if inner else out
