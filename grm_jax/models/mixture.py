@@ -27,7 +27,7 @@ from grm_jax.models.config import DecoderConfig, Experts
 from grm_jax.models.layers import Mlp, activated, param, vector
 from grm_jax.sharding import ROWS, TRAINING
 
-_PIECE = 4096  # tokens that go through the experts at once
+_PIECE = 2048  # tokens that go through the experts at once
 # Rows of the left side lie in runs, one an expert; the right side is contracted over its last axis, [E, O, I].
 _GROUPED = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
