@@ -95,10 +95,18 @@ def test_products_as_a_tpu_writes_them():
     )
     assert total(line).flops == 2 * 16 * 8 * 128 * 64
     line = (
-        "ENTRY %e (a: bf16[96,32], b: bf16[4,64,32]) -> f32[96,64] {\n"
-        "  %a = bf16[96,32]{1,0} parameter(0)\n  %b = bf16[4,64,32]{2,1,0} parameter(1)\n"
-        '  ROOT %c = f32[96,64]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", '
-        'metadata={op_name="jit(f)/ragged_dot_general"}\n}\n'
+        "ENTRY %e (n: s32[1], a: bf16[96,32], b: bf16[4,32,64]) -> f32[96,64] {\n  %n = s32[1]{0} parameter(0)\n"
+        "  %a = bf16[96,32]{1,0} parameter(1)\n  %b = bf16[4,32,64]{2,1,0} parameter(2)\n"
+        "  ROOT %ragged-dot-none.1 = f32[96,64]{1,0} custom-call(%n, %a, %b), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-none"}\n}\n'
+    )
+    assert total(line).flops == 2 * 96 * 32 * 64
+    assert total(line, {"expert": 4}).flops == 2 * 96 * 32 * 64 / 4, "an even share of the rows is of experts here"
+    line = (
+        "ENTRY %e (a: bf16[96,64], b: bf16[96,32]) -> f32[4,64,32] {\n"
+        "  %a = bf16[96,64]{1,0} parameter(0)\n  %b = bf16[96,32]{1,0} parameter(1)\n"
+        "  ROOT %ragged-dot-x = f32[4,64,32]{2,1,0} custom-call(%a, %b), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-x"}\n}\n'
     )
     assert total(line).flops == 2 * 96 * 32 * 64
 

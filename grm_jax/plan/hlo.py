@@ -151,7 +151,8 @@ def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
     found: dict[str, Cost] = {}
     for phase, instruction, times, within, fused in _walk(computations, entry, steps):
         cost = found.setdefault(phase, Cost())
-        cost.flops += times * product_flops(instruction, within)
+        share = mesh.get("expert", 1) if _is_grouped(instruction) else 1  # rows of other devices' experts are skipped
+        cost.flops += times * product_flops(instruction, within) / share
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES and not instruction.opcode.endswith("-done"):
             cost.add_collective(kind, axes_of(instruction.rest, mesh), times, times * _sent(instruction, within, mesh))
@@ -193,13 +194,15 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
     """Two for each multiplication of a product; other instructions count nothing.
 
     TPU programs write batched products as convolutions over dilated arrays, where most places multiply nothing, and the
-    grouped products of experts as custom calls. Splash attention counts whole: the blocks that its mask lets it skip,
-    almost half of a causal one's, are not known from the text.
+    grouped products of experts as custom calls, which count as if each row belonged to one of the experts here. Splash
+    attention counts whole: the blocks that its mask lets it skip, almost half of a causal one's, are not in the text.
     """
-    if instruction.opcode == "custom-call" and (phase := re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name)):
-        return _attention_flops(
-            phase[1], [s for n in instruction.operands if n in within for s in shapes(within[n].type)]
-        )
+    if instruction.opcode == "custom-call":
+        operands = [array for name in instruction.operands if name in within for array in shapes(within[name].type)]
+        arrays = [shape for dtype, shape in operands if dtype in ("bf16", "f16", "f32") and len(shape) > 1]
+        if phase := re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name):
+            return _attention_flops(phase[1], arrays)
+        return _experts_flops(arrays, shapes(instruction.type)[0][1]) if _is_grouped(instruction) else 0.0
     sides = [shapes(within[name].type)[0][1] for name in instruction.operands[:2] if name in within]
     if len(sides) < 2 or not shapes(instruction.type):
         return 0.0
@@ -209,16 +212,25 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
         return 2.0 * math.prod(out) * math.prod(sides[0][int(d)] for d in dims[1].split(",") if d) if dims else 0.0
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction.rest, sides[0], sides[1], out)
-    if instruction.opcode == "custom-call" and "ragged" in instruction.rest:
-        rows = [side for side in sides if len(side) == 2]
-        # [A, I] by [E, O, I] to [A, O], or, for the matrices' gradient, [A, O] by [A, I] to [E, O, I].
-        return 2.0 * rows[0][0] * math.prod(out[1:]) * (rows[0][1] if len(out) == 2 else 1) if rows else 0.0
     return 0.0
 
 
-def _attention_flops(phase: str, operands: Sequence[tuple[str, tuple[int, ...]]]) -> float:
+def _is_grouped(instruction: Instruction) -> bool:
+    """Whether it is the product of a mixture's experts, each with its run of rows."""
+    said = instruction.name + instruction.rest.split("backend_config")[0]
+    return instruction.opcode == "custom-call" and "ragged" in said
+
+
+def _experts_flops(arrays: Sequence[tuple[int, ...]], out: tuple[int, ...]) -> float:
+    """[A, I] by [E, I, O] or [E, O, I] to [A, O]; or, for the matrices' gradient, [A, O] by [A, I] to [E, O, I]."""
+    if not arrays or len(arrays[0]) != 2:
+        return 0.0
+    return 2.0 * math.prod(arrays[0]) * out[1] if len(out) == 2 else 2.0 * arrays[0][0] * math.prod(out[1:])
+
+
+def _attention_flops(phase: str, arrays: Sequence[tuple[int, ...]]) -> float:
     """Of splash attention for queries [..., N, L, H], keys [..., K, S, H] and values [..., K, S, V], its first arrays."""
-    arrays = [shape for dtype, shape in operands if dtype in ("bf16", "f16", "f32") and len(shape) >= 3]
+    arrays = [shape for shape in arrays if len(shape) > 2]
     if len(arrays) < 3:
         return 0.0
     queries, keys, values = arrays[:3]
