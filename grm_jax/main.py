@@ -140,7 +140,9 @@ def plan(args: Sequence[str]) -> int:
     own, rest = parted(args, names)
     config = parse(PlanConfig, own, "grm_jax.main plan")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is compiled for devices that are not there cannot be read
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+        "false"  # what is compiled for devices that are not there cannot be read
+    )
     if config.cpu_devices is not None:
         flag = f"--{SIMULATED}={config.cpu_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

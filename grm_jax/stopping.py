@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-_PAIRS, _PARTS = 8, 8
+_FIRST, _PARTS = 4, 16
 PRIOR_COUNT = 1.0  # imagined differences
 PRIOR_SIDE = 2.0  # imagined judgments for the leader, and against
 
@@ -81,9 +81,8 @@ def _by_sign(differences: Sequence[int], left: int) -> float:
 
 
 def rounds(votes: int) -> list[range]:
-    """Sample numbers 0..votes - 1 in rounds: of two up to 8, then of an eighth of all, at least two."""
+    """Sample numbers 0..votes - 1 in rounds: four, with fewer no winner is safe, then a sixteenth of all, at least two."""
     ends = [0]
     while ends[-1] < votes:
-        step = 2 if ends[-1] < _PAIRS else max(2, votes // _PARTS)
-        ends.append(min(ends[-1] + step, votes))
+        ends.append(min(ends[-1] + max(2, votes // _PARTS) if ends[-1] else _FIRST, votes))
     return [range(start, end) for start, end in itertools.pairwise(ends)]

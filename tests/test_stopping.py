@@ -91,5 +91,6 @@ def test_judges_that_are_right_or_wrong_alike_are_not_taken_for_certain(risk):
 def test_rounds_are_all_votes_once(votes):
     drawn = rounds(votes)
     assert [j for part in drawn for j in part] == list(range(votes))
-    assert all(len(part) <= max(2, votes // 8) for part in drawn)
-    assert len(drawn) <= 12
+    assert all(len(part) <= max(2, votes // 16) for part in drawn[1:])
+    assert len(drawn[0]) == min(4, votes)
+    assert len(drawn) <= 18
