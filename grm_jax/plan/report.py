@@ -24,10 +24,7 @@ class Compiled:
     name: str
     seconds: float
     arguments: dict[str, float]  # kind -> bytes
-    temporaries: float = 0.0
-    output: float = 0.0
-    aliased: float = 0.0
-    peak: float = 0.0  # as the compiler gives it, arguments and all
+    temporaries: float = 0.0  # at the peak, with what is returned and lies in no argument
     phases: dict[str, Cost] = dataclasses.field(default_factory=dict)
     beside: float = 0.0  # held meanwhile, and no argument
     failed: str | None = None
@@ -35,8 +32,7 @@ class Compiled:
     @property
     def total(self) -> float:
         """Bytes held at most."""
-        own = sum(self.arguments.values()) + self.temporaries + max(self.output - self.aliased, 0.0)
-        return self.beside + max(self.peak, own)
+        return self.beside + sum(self.arguments.values()) + self.temporaries
 
 
 def shard_bytes(tree: Any) -> float:
