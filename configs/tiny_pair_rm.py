@@ -20,7 +20,7 @@ def config() -> PairsConfig:
         max_tokens=512,
         steps=300,
         compute_dtype="float32",
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=10, schedule="cosine"),
+        optimizer=Optimizer(learning_rate=3e-4, warmup_steps=10, schedule="cosine"),
         checkpoints=Checkpoints(every=1000),
         remat="none",
     )

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from grm_jax import prompts, recipes
+from grm_jax import memory, prompts, recipes
 from grm_jax.checkpoint import Interrupt, Saver, claim
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
@@ -130,6 +130,8 @@ def opened(
 
     Raises ValueError for a folder that holds a run of another recipe.
     """
+    if jax.default_backend() == "cpu":
+        memory.give_back_after_compiling()
     claim(recipe.output, recipe)
     known = _measured_steps(recipe.output)
     with (
