@@ -7,7 +7,9 @@ paths where YOUR_BUCKET stands. To expect, by the paper: what it gives of its 16
 ReaLMistake and 62.3 and 57.0 on RMB's best-of-N.
 
 For 16 v5p chips; see what it takes before, without one: `python -m grm_jax.main plan --config
-configs/deepseek_v2_lite_rl.py --topology v5p:2x2x4 --numbers deepseek-v2-lite` (docs/LOG.md has what it said).
+configs/deepseek_v2_lite_rl.py --topology v5p:2x2x4 --numbers deepseek-v2-lite` (docs/LOG.md has what it said). On 32 v5e
+chips it fits with `--mesh.fsdp 2 --mesh.tensor 4 --mesh.expert 4 --microbatch-prompts 8 --max-prompt-tokens 1024
+--optimizer.state-dtype bfloat16`.
 
 Sections and appendices are those of arXiv 2504.02495; "not given" means that it does not say, and the choice is ours.
 """

@@ -155,8 +155,9 @@ def _check_baseline(config: ScoreConfig | EvalConfig) -> None:
             "--baseline cloud --model HEAD --critic MODEL"
         )
     unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(config, name) is not None]
-    if config.baseline and (unused or config.expected_scores):
-        name = (unused or ["expected_scores"])[0]
+    unused += [name for name in ("expected_scores", "force_scores") if getattr(config, name)]
+    if config.baseline and unused:
+        name = unused[0]
         raise ValueError(
             f"{name} = {getattr(config, name)}: baseline {config.baseline} has no use for it, leave it out"
         )

@@ -11,7 +11,7 @@
 
 This module's own, not the paper's, which draws all k. The priors: one imagined difference of 0, whose standard deviation
 is a quarter of the scores' range; and two imagined judgments for each side.
-Sources: Gelman et al., Bayesian Data Analysis, 3rd ed., sections 3.3 (Student) and 2.4, exercise 2.1 (beta-binomial).
+Sources: Gelman et al., Bayesian Data Analysis, 3rd ed., sections 3.3 (Student) and 5.3 (beta-binomial).
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def _by_size(differences: Sequence[int], left: int, reach: int) -> float:
 
 
 def _by_sign(differences: Sequence[int], left: int) -> float:
+    """Of differences whose sum is above 0, so that there are some."""
     told = [d for d in differences if d]
     ahead = sum(differences) * len(told) / sum(map(abs, told))  # in judgments of the mean size
     split = PRIOR_SIDE + (len(differences) - len(told)) / 2
@@ -81,7 +82,7 @@ def _by_sign(differences: Sequence[int], left: int) -> float:
 
 
 def rounds(votes: int) -> list[range]:
-    """Sample numbers 0..votes - 1 in rounds: four, with fewer no winner is safe, then a sixteenth of all, at least two."""
+    """Sample numbers 0..votes - 1 in rounds: four, as fewer tell little, then a sixteenth of all, at least two."""
     ends = [0]
     while ends[-1] < votes:
         ends.append(min(ends[-1] + max(2, votes // _PARTS) if ends[-1] else _FIRST, votes))

@@ -35,7 +35,7 @@ def as_before():
 
 def graph_with(name, config, mesh=None):
     kernels.select(name)
-    graph, shapes = split_abstract(config, mesh)
+    graph, shapes = split_abstract(config, mesh or make_mesh())
     kernels.select("auto")
     return graph, shapes
 
@@ -58,6 +58,11 @@ def of_group(graph, params, head, prompts, lengths, samples, counts, weights):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+def through_splash(program, *args):
+    """Whether a program takes the kernel, and the plain one does not: the comparison would say nothing."""
+    return "splash" in str(jax.make_jaxpr(program)(*args))
+
+
 def agree(found, expected, atol=2e-5):
     (_, values), grads = found
     (_, wanted), wanted_grads = expected
@@ -78,9 +83,10 @@ def agree(found, expected, atol=2e-5):
 def test_samples_behind_prompts(config):
     """T = 48 and G = 3: 144 queries, over a head, prompts with padding, and the samples' own tokens."""
     params, texts = random_params(config, 1), behind_prompts()
-    graph, _ = graph_with("interpreted", config)
-    assert "splash" in str(jax.make_jaxpr(lambda p: of_group(graph, p, *texts))(params))
-    agree(of_group(graph, params, *texts), of_group(graph_with("plain", config)[0], params, *texts))
+    graph, plain = graph_with("interpreted", config)[0], graph_with("plain", config)[0]
+    assert through_splash(lambda p: of_group(graph, p, *texts), params)
+    assert not through_splash(lambda p: of_group(plain, p, *texts), params)
+    agree(of_group(graph, params, *texts), of_group(plain, params, *texts))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,9 @@ def test_packed_rows(config):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    agree(values(graph_with("interpreted", config)[0]), values(graph_with("plain", config)[0]))
+    graph = graph_with("interpreted", config)[0]
+    assert through_splash(lambda: values(graph))
+    agree(values(graph), values(graph_with("plain", config)[0]))
 
 
 def test_rows_and_heads_spread_over_a_mesh():
@@ -115,7 +123,11 @@ def test_rows_and_heads_spread_over_a_mesh():
     graph, shapes = graph_with("interpreted", config, mesh)
     laid = {name: place(params[name], parameter_sharding(mesh, name, *shapes[name])) for name in params}
     expected = of_group(graph_with("plain", config)[0], params, *texts)
-    agree(jax.device_get(of_group(graph, laid, texts[0], *spread(tuple(texts[1:]), mesh))), expected)
+    given = (texts[0], *spread(tuple(texts[1:]), mesh))
+    traced = str(jax.make_jaxpr(lambda p: of_group(graph, p, *given))(laid))
+    assert "shard_map" in traced
+    assert "splash" in traced
+    agree(jax.device_get(of_group(graph, laid, *given)), expected)
 
 
 def test_a_window_that_padding_makes_unknown_is_left_to_plain_attention():

@@ -142,6 +142,25 @@ def test_the_layout_for_decoding_gathers_along_fsdp():
     np.testing.assert_array_equal(laid["embed"], weights()["embed"])
 
 
+@pytest.mark.slow
+def test_prompts_that_the_weights_of_training_read_have_the_same_rollouts():
+    """As a step does on accelerators: layers as a loop, over weights that `fsdp` splits."""
+    model = spread_model((1, 4, 2))
+    policy = dataclasses.replace(policy_of(model), graph=split_abstract(WIDE, model.mesh, scans=True)[0])
+    recipe = dataclasses.replace(RECIPE, prompts_per_step=8, microbatch_prompts=8)
+    given = rl_step.put(batch(3, head=4, prompts=8), policy)
+
+    def tokens(reads):
+        def rolled(params, given):
+            reading = policy.working(params, {}) if reads else None
+            sampling = Sampling(1.0, eos_ids=(EOS,))
+            return rl_step.roll(policy, policy.decoding(params, {}), given, KEY, recipe, sampling, reading).tokens
+
+        return fetch(jax.jit(rolled)(model.params, given), model.mesh)
+
+    np.testing.assert_array_equal(tokens(True), tokens(False))
+
+
 def test_activations_stay_spread_by_rows():
     """Without being told so the compiler would split them over the model's width, as `fsdp` splits the embedding."""
     model = spread_model((1, 8, 1))

@@ -314,11 +314,11 @@ def split_abstract(
 ) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple]]]:
     """The module's graph and, for each parameter path, its shape and logical axes; nothing is allocated.
 
-    scans: as `Decoder` has it; by default as `scanned` says. Raises ValueError where the kernels that `kernels.select`
-    named are none of the mesh's devices.
+    scans: as `Decoder` has it; by default as `scanned` says. Without a mesh, kernels are plain. Raises ValueError where
+    the kernels that `kernels.select` named are none of the mesh's devices.
     """
     scans = scanned(config, mesh) if scans is None else scans
-    chosen = kernels.kernels_for(_platform(mesh))
+    chosen = "plain" if mesh is None else kernels.kernels_for(_platform(mesh))
     abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans, chosen))
     graph, state = nnx.split(abstract)
     shapes = {

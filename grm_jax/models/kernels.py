@@ -118,7 +118,7 @@ def fold(
     rows = groups.pop() if groups else count
     queries = positions.reshape(rows, -1)
     cached = [jnp.broadcast_to(p, (rows, p.shape[-1])) for p in cached]
-    own = (queries > NOWHERE).astype(jnp.int32) if segments is None else jnp.where(queries > NOWHERE, segments, 0)
+    own = jnp.where(queries > NOWHERE, 1 if segments is None else segments + 1, 0)  # 0 is padding
     return Fold(
         rows=rows,
         samples=count // rows,
@@ -150,11 +150,10 @@ def sight(layout: Fold, window: int | None, queries: int, keys: int) -> np.ndarr
     count, before = layout.samples * layout.tokens, layout.before
     at = before + np.arange(count) % layout.tokens
     key_at = np.concatenate([np.arange(before), at])
-    age = at[:, None] - key_at[None]
-    seen = age >= 0
+    seen = key_at[None] <= at[:, None]
     seen[:, before:] &= layout.same_sample()
     if window is not None:
-        seen &= age < window
+        seen &= key_at[None] > at[:, None] - window
     whole = np.zeros((queries, keys), bool)
     whole[:count, : before + count] = seen
     whole[count:, 0] = True
@@ -174,6 +173,7 @@ def splash(
     None where it does not cover the call: few queries, key heads that the mesh splits unevenly, or a window that a
     query may look beyond while cached parts have padding, so that distances are known when it runs only.
     """
+    # Pallas takes a second to import, and a CPU never needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -245,11 +245,11 @@ def cudnn(
     """cuDNN's attention for a call's layers of a window; masks go in whole, [P, 1, L, S]. sizes: H and V.
 
     None where it does not cover the call: soft-capped scores, float32, few queries, or heads whose values have another
-    size or no multiple of 8. implementation: "xla" computes the same by plain operations, on any device.
+    size, no multiple of 8, or more than 128. implementation: "xla" computes the same by plain operations, on any device.
     """
     queries = layout.samples * layout.tokens
     halves = dtype in (jnp.bfloat16, jnp.float16) or implementation == "xla"
-    if softcap is not None or not halves or queries < _LEAST or sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 256:
+    if softcap is not None or not halves or queries < _LEAST or sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 128:
         return None
     age = layout.query_positions[:, :, None] - layout.key_positions[:, None]
     seen = (age >= 0) & (layout.queries[:, :, None] == layout.keys[:, None]) & (layout.keys[:, None] > 0)

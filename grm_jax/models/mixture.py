@@ -85,10 +85,13 @@ def _of_these(
 
 
 def _in_pieces(of_these: Callable[..., jax.Array], *tokens: jax.Array) -> jax.Array:
-    """Many tokens in pieces, computed again in the backward pass: a token takes up as many rows as it has experts."""
+    """Many tokens in pieces, computed again in the backward pass: a token takes up as many rows as it has experts.
+
+    Tokens that do not divide into pieces of one size, as powers of two do, go at once.
+    """
     count = tokens[0].shape[0]
     parts = -(-count // _PIECE)
-    if parts == 1 or count % parts:
+    if parts <= 1 or count % parts:
         return of_these(*tokens)
     parted = [x.reshape(parts, -1, *x.shape[1:]) for x in tokens]
     return jax.lax.map(lambda part: jax.checkpoint(of_these)(*part), parted).reshape(count, -1)

@@ -64,7 +64,7 @@ def load(recipe: RftConfig | RlConfig, reference: bool) -> Start:
     tokenizer, model = found.need_tokenizer(), found.model
     policy = Policy(model.config, model.graph, model.mesh, recipe.lora, compute)
     if recipe.lora.rank:
-        _, shapes = split_abstract(model.config)
+        _, shapes = split_abstract(model.config, mesh)
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), 1)
         places = lora.axes(shapes, recipe.lora)
         laid = {name: parameter_sharding(mesh, name, *places[name]) for name in places}

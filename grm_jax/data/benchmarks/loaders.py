@@ -7,6 +7,7 @@ such as a preference that is a tie, are dropped and counted. What is missing is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,7 +18,7 @@ from etils import epath
 from grm_jax.data.benchmarks import metrics
 from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind
 from grm_jax.data.benchmarks.files import find, parsed
-from grm_jax.data.jsonl import RowError, conversation_of, id_of, parse_row, text_of, turns_of
+from grm_jax.data.jsonl import DataError, RowError, conversation_of, id_of, parse_row, text_of, turns_of
 from grm_jax.datatypes import Example, Message
 
 KINDS: dict[str, Kind] = {
@@ -262,17 +263,27 @@ def preferences(folder: str) -> Benchmark:
         subset = text_of(row["subset"], "subset") if row.get("subset") else example.source or path.name.split(".")[0]
         return [Case(example, subset, example.id)]
 
-    return _benchmark("preferences", parsed(paths, parse), dropped)
+    cases = parsed(paths, parse)
+    again = [id for id, count in Counter(case.example.id for case in cases).items() if count > 1]
+    if again:
+        raise DataError(
+            f"{len(again)} ids stand in several rows, the first {again[0]!r}: each has its own, make them so"
+        )
+    return _benchmark("preferences", cases, dropped)
 
 
 def _benchmark(name: str, cases: list[Case], dropped: Mapping[str, int] = MappingProxyType({})) -> Benchmark:
     """The benchmark. A case that comes again counts again, as in the official totals, under an id of its own."""
-    seen: Counter[str] = Counter()
+    taken, seen = {case.example.id for case in cases}, Counter[str]()
     for i, case in enumerate(cases):
         id = case.example.id
         seen[id] += 1
-        if seen[id] > 1:
-            cases[i] = dataclasses.replace(case, example=dataclasses.replace(case.example, id=f"{id}#{seen[id]}"))
+        if seen[id] == 1:
+            continue
+        new = next(found for n in itertools.count(seen[id]) if (found := f"{id}#{n}") not in taken)
+        taken.add(new)
+        group = new if case.group == id else case.group
+        cases[i] = dataclasses.replace(case, example=dataclasses.replace(case.example, id=new), group=group)
     return Benchmark(name, cases, KINDS[name], dropped)
 
 
