@@ -155,7 +155,7 @@ def _check_baseline(config: ScoreConfig | EvalConfig) -> None:
             "--baseline cloud --model HEAD --critic MODEL"
         )
     unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(config, name) is not None]
-    unused += [name for name in ("expected_scores", "force_scores") if getattr(config, name)]
+    unused += ["expected_scores"] if config.expected_scores else []
     if config.baseline and unused:
         name = unused[0]
         raise ValueError(

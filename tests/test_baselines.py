@@ -206,6 +206,7 @@ def test_pair_rm_learns_a_preference_and_keeps_its_template(preferences):
     assert model.template.name == "tiny_text"
 
 
+@pytest.mark.slow
 def test_cloud_learns_a_preference_and_goes_on_with_its_critiques(preferences):
     critic = preferences / "critic"
     save_hf(critic, LLAMA, tiny_model().params, TOKENIZER, None, "float32")

@@ -76,7 +76,7 @@ def agree(found, expected, atol=2e-5):
     "config",
     [
         pytest.param(LONG, id="llama", marks=pytest.mark.slow),
-        pytest.param(CAPPED, id="gemma2"),
+        pytest.param(CAPPED, id="gemma2", marks=pytest.mark.slow),
         pytest.param(DEEPSEEK, id="deepseek", marks=pytest.mark.slow),
     ],
 )
@@ -160,7 +160,13 @@ def test_what_is_seen_by_layout_is_what_is_seen_by_position(samples, tokens, hea
     assert not seen[: samples * tokens, before + samples * tokens :].any()
 
 
-@pytest.mark.parametrize("config", [dataclasses.replace(LONG, windows=(30,)), LONG], ids=["window", "all"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(dataclasses.replace(LONG, windows=(30,)), id="window"),
+        pytest.param(LONG, id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_what_cudnn_is_asked_for(monkeypatch, config):
     """The same call by plain operations, on shared prompts: odd numbers of keys, padding, a window."""
     covered, asked = kernels.cudnn, []

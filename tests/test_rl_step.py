@@ -214,6 +214,7 @@ def assert_close(found, expected, atol):
         np.testing.assert_allclose(found[name], expected[name], atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing():
     """Plain SGD-like comparison: Adam would turn a rounding error of a tiny gradient into a step of full size."""
     recipe = dataclasses.replace(RECIPE, prompts_per_step=8, microbatch_prompts=8)

@@ -39,8 +39,8 @@ def found(config, scans, remat):
 @pytest.mark.parametrize(
     ("family", "remat"),
     [
-        ("gemma", "block"),
-        pytest.param("llama", "none", marks=pytest.mark.slow),
+        pytest.param("gemma", "block", marks=pytest.mark.slow),
+        ("llama", "none"),
         pytest.param("deepseek", "dots", marks=pytest.mark.slow),
     ],
 )
