@@ -144,6 +144,7 @@ def policy() -> tuple[Policy, dict[str, jax.Array]]:
     return Policy(model.config, model.graph, model.mesh, Lora(), np.dtype("float32")), model.params | {"score": score}
 
 
+@pytest.mark.slow
 def test_any_size_of_microbatch_is_one_batch(policy):
     """And the loss is the mean of -log p(right or wrong), worked out from the logits."""
     policy, params = policy

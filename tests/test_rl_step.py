@@ -337,6 +337,7 @@ def test_the_schedule_warms_up_and_falls():
     assert make_schedule(Optimizer(learning_rate=0.3), 10)(9) == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_generate_is_untouched_by_a_policy_of_another_dtype():
     """bfloat16 policies roll too: drift is what bfloat16's rounding makes of it, and reported."""
     model = tiny_model(SMALL)

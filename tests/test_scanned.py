@@ -40,7 +40,7 @@ def found(config, scans, remat):
     ("family", "remat"),
     [
         pytest.param("gemma", "block", marks=pytest.mark.slow),
-        ("llama", "none"),
+        pytest.param("llama", "none", marks=pytest.mark.slow),
         pytest.param("deepseek", "dots", marks=pytest.mark.slow),
     ],
 )
