@@ -173,7 +173,7 @@ def splash(
     None where it does not cover the call: few queries, key heads that the mesh splits unevenly, or a window that a
     query may look beyond while cached parts have padding, so that distances are known when it runs only.
     """
-    # Pallas takes a second to import, and a CPU never needs it.
+    # Imported where it is used: a CPU never needs Pallas.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
