@@ -184,6 +184,8 @@ class EvalConfig(JudgeSettings):
     """its official files: a folder or a file, local or gs://"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """report anew from this judgments.jsonl, without a model or data"""
+    drop_forced: bool = False
+    """with `from`: judgments whose scores were forced count as unread, as if none had been forced"""
     output: str = "report"
     """a folder, local or gs://: judgments.jsonl, report.json, report.md; an interrupted run goes on there"""
     model: str = "smollm2-135m"
@@ -220,6 +222,10 @@ class EvalConfig(JudgeSettings):
             raise ValueError(f"stop_risk = {self.stop_risk}: a curve needs all judgments of every case, leave it out")
         if self.from_ is None and (self.data is None or self.benchmark is None):
             raise ValueError("give --benchmark NAME and --data PATH, or --from judgments.jsonl of an earlier run")
+        if self.drop_forced and self.from_ is None:
+            raise ValueError(
+                "drop_forced is for a report of judgments that are there: give --from, or --no-force-scores"
+            )
         if self.benchmark is not None:
             _check_benchmark(self.benchmark)
         for name in ("limit", "devices"):

@@ -236,6 +236,37 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert "was begun with" in capsys.readouterr().err
 
 
+def test_forced_scores_are_dropped_from_a_report(folder, tmp_path, capsys, monkeypatch):
+    """What is left is the report of a run without them, but for tokens; scores that were not forced stay."""
+    monkeypatch.setattr(measure, "RESAMPLES", 20)
+    for name in ("forced", "free"):
+        more = ["--force-scores"] if name == "forced" else []
+        assert evaluate(folder, tmp_path / name, "--no-greedy", *more) == 0
+    rows = tmp_path / "forced/judgments.jsonl"
+    again = ["eval", "--from", str(rows), "--output", str(tmp_path / "again")]
+
+    def reported(name):
+        found = json.loads((tmp_path / name / "report.json").read_text())
+        assert found["protocol"].pop("force_scores") == (name != "free")
+        assert found["protocol"].pop("drop_forced", False) == (name == "again")
+        return {key: value for key, value in found.items() if "token" not in key}
+
+    assert main([*again, "--drop-forced"]) == 0
+    assert reported("again") == reported("free")
+    assert reported("again")["unread_judgments"] == 1
+    assert "scores forced, and those counted as unread" in (tmp_path / "again/report.md").read_text()
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines[:7]:
+        del line["forced"]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([*again, "--drop-forced"]) == 0
+    assert reported("again")["unread_judgments"] == pytest.approx(13 / 20)
+    assert main([*again[:2], str(tmp_path / "free/judgments.jsonl"), *again[3:], "--drop-forced"]) == 2
+    assert "was judged without forced scores: leave --drop-forced out" in capsys.readouterr().err
+    assert evaluate(folder, tmp_path / "free", "--drop-forced") == 2
+    assert "give --from, or --no-force-scores" in capsys.readouterr().err
+
+
 IN_A_BUCKET = """
 import sys
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -122,16 +123,19 @@ def loop(x_RD, ids, weights, matrices, activation):
     return out
 
 
+@pytest.mark.parametrize("kernels", ["plain", "interpreted"])
 @pytest.mark.parametrize(
     ("dtype", "atol", "piece"), [("float32", 2e-5, 2048), ("float32", 2e-5, 3), ("bfloat16", 0.1, 5)]
 )
 def test_grouped_products_are_a_loop_over_experts(
-    dtype: str, atol: float, piece: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, atol: float, piece: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In value and in all gradients, with an expert that gets no token and one that gets nearly all.
 
-    All tokens at once, in three pieces, and whole where pieces would not be of one size.
+    All tokens at once, in three pieces, and whole where pieces would not be of one size. With a kernel for the matrices'
+    gradient and without.
     """
+    through_experts = partial(mixture.through_experts, kernels=kernels)
     monkeypatch.setattr(mixture, "_PIECE", piece)
     rng = np.random.default_rng(0)
     shapes = (4, 6, 5), (4, 6, 5), (4, 5, 6)
@@ -149,15 +153,30 @@ def test_grouped_products_are_a_loop_over_experts(
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(x, weights, matrices)
 
     def given(x):
-        return mixture.through_experts(x, jnp.asarray(ids), weights, matrices, "silu")
+        return through_experts(x, jnp.asarray(ids), weights, matrices, "silu")
 
     assert ("scan[" in str(jax.make_jaxpr(given)(x))) == (piece == 3)
-    ((_, y), grads), ((_, wanted), expected) = through(mixture.through_experts), through(loop)
+    ((_, y), grads), ((_, wanted), expected) = through(through_experts), through(loop)
     np.testing.assert_allclose(y, wanted, atol=atol)
     for found, right in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         assert found.dtype == right.dtype
         np.testing.assert_allclose(found.astype(np.float32), right.astype(np.float32), atol=5 * atol)
     assert not np.asarray(grads[2][0][2]).any(), "an idle expert has no gradient"
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 130, 40), (0, 0, 0, 0), (600, 0, 0, 1)])
+def test_the_kernel_of_the_matrices_gradient(sizes: tuple[int, ...]) -> None:
+    """Runs that share blocks or fill several, idle experts, sizes that blocks do not divide, and rows of no expert.
+
+    What stands in those rows is nothing to it, were it no number at all.
+    """
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((sum(sizes) + 17, n)).astype(np.float32) for n in (530, 24))
+    left[sum(sizes) :] = np.nan
+    found = mixture.tgmm(jnp.asarray(left), jnp.asarray(right), jnp.array(sizes, jnp.int32), interpret=True)
+    ends = np.cumsum(sizes)
+    wanted = [left[end - size : end].T @ right[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    np.testing.assert_allclose(found, np.stack(wanted), atol=2e-4)
 
 
 def test_load_metrics_by_hand() -> None:
@@ -169,11 +188,14 @@ def test_load_metrics_by_hand() -> None:
 # ---- meshes ----
 
 
+@pytest.mark.parametrize("kernels", [pytest.param("plain", marks=pytest.mark.slow), "interpreted"])
 @pytest.mark.parametrize(
     "axes",
     [pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2, "expert": 2}],
 )
-def test_experts_over_devices_are_those_of_one(axes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_over_devices_are_those_of_one(
+    axes: dict[str, int], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hidden states, loads and gradients, in pieces of at most 8 tokens on each device.
 
     And no device gathers matrices of experts that it does not hold.
@@ -183,18 +205,21 @@ def test_experts_over_devices_are_those_of_one(axes: dict[str, int], monkeypatch
     tokens, positions = rng.integers(0, 256, (8, 6)), np.tile(np.arange(6), (8, 1))
     positions[1, 4:] = -1
 
-    def total(params, tokens, positions):
-        hidden, cache = bind(model.graph, params)(tokens, positions)
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.value_and_grad, argnums=1, has_aux=True)
+    def step(graph, params, tokens, positions):
+        hidden, cache = bind(graph, params)(tokens, positions)
         return jnp.sum(jnp.sin(hidden) * (positions >= 0)[..., None]), (hidden, cache.loads)
 
-    step = jax.jit(jax.value_and_grad(total, has_aux=True))
-    (_, (hidden, loads)), grads = step(model.params, tokens, positions)
+    (_, (hidden, loads)), grads = step(model.graph, model.params, tokens, positions)
     monkeypatch.setattr(mixture, "_PIECE", 8)
-    _, shapes = split_abstract(model.config)
+    monkeypatch.setattr("grm_jax.models.kernels._selected", [kernels])
+    graph, shapes = split_abstract(model.config, mesh, scans=False)
     params = {n: jax.device_put(v, parameter_sharding(mesh, n, *shapes[n])) for n, v in model.params.items()}
     assert params["layers.0.mlp.experts.down"].addressable_shards[0].data.shape[0] == 8 // axes["expert"]
     arrays = [jax.device_put(x, batch_sharding(mesh)) for x in (tokens, positions)]
-    program = step.lower(params, *arrays).compile()
+    program = step.lower(graph, params, *arrays).compile()
+    assert ("tgmm" in str(jax.make_jaxpr(step, static_argnums=0)(graph, params, *arrays))) == (kernels == "interpreted")
     (_, (found, found_loads)), found_grads = program(params, *arrays)
     real = positions >= 0
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(hidden)[real], atol=2e-5)

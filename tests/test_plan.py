@@ -109,6 +109,7 @@ def test_products_as_a_tpu_writes_them():
         'custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-x"}\n}\n'
     )
     assert total(line).flops == 2 * 96 * 32 * 64
+    assert total(line.replace("ragged-dot-x", "tgmm.3"), {"expert": 4}).flops == 2 * 96 * 32 * 64 / 4
 
 
 def test_splash_attention_counts_its_products_and_its_calls():

@@ -3,7 +3,8 @@
 1. The official files are read, the cases held against their templates and the output opened, before a model is loaded.
 2. Every case is judged k times, each judgment a row of `judgments.jsonl` (the format of `sample`); an interrupted run goes
    on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`. A baseline's rows hold rewards.
-3. `report.json`, `report.md` and `report.html` are made from those rows alone, so `--from judgments.jsonl` makes them anew.
+3. `report.json`, `report.md` and `report.html` are made from those rows alone, so `--from judgments.jsonl` makes them anew;
+   with `drop_forced`, as they would be had no scores been forced.
 
 Process i of c judges cases[i::c] into a part of its own; process 0 reports.
 """
@@ -64,18 +65,29 @@ def run(config: EvalConfig) -> None:
 
 
 def again(config: EvalConfig) -> None:
-    """The report from the rows of an earlier run."""
+    """The report from the rows of an earlier run. Raises DataError where forced ones are to be dropped and none were."""
     place = epath.Path(config.from_)
-    rows = read_samples(str(place))
+    rows = _read(str(place), config.drop_forced)
     greedy = place.parent / GREEDY
     protocol = protocol_of(str(place.parent))
+    if config.drop_forced:
+        if not protocol["force_scores"]:
+            raise DataError(f"{place} was judged without forced scores: leave --drop-forced out")
+        protocol["drop_forced"] = True
     name = config.benchmark or protocol["benchmark"]
     of_id = {row.id: row for row in rows}
     cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
     benchmark = Benchmark(name, cases, KINDS[name], protocol["dropped"])
-    once = read_samples(str(greedy)) if greedy.exists() else []
+    once = _read(str(greedy), config.drop_forced) if greedy.exists() else []
     if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol)
+
+
+def _read(path: str, drop_forced: bool) -> list[Sample]:
+    """The rows of a file; those whose scores were forced have none where they are to be dropped."""
+    unread = {"scores": None, "values": None, "correct": None, "reason": "its scores were forced"}
+    rows = read_samples(path)
+    return [dataclasses.replace(row, **unread) if drop_forced and row.forced else row for row in rows]
 
 
 def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:

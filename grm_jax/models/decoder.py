@@ -71,7 +71,12 @@ class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream."""
 
     def __init__(
-        self, config: DecoderConfig, layer: int, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None
+        self,
+        config: DecoderConfig,
+        layer: int,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
+        kernels: kernels.Chosen = "plain",
     ) -> None:
         self.config = config
         weight = 1.0 - config.norm_offset
@@ -79,7 +84,7 @@ class Block(nnx.Module):
         self.attention = (LatentAttention if config.latent else Attention)(config, rngs)
         self.norm_mlp = vector(weight, (config.dim,), ("embed",))
         self.mixes = config.mixes(layer)
-        self.mlp = Mixture(config, rngs, mesh) if self.mixes else Mlp(config, config.mlp_dim, rngs)
+        self.mlp = Mixture(config, rngs, mesh, kernels) if self.mixes else Mlp(config, config.mlp_dim, rngs)
         if config.post_norms:
             self.norm_attention_post = vector(weight, (config.dim,), ("embed",))
             self.norm_mlp_post = vector(weight, (config.dim,), ("embed",))
@@ -120,7 +125,8 @@ class Decoder(nnx.Module):
 
     mesh: where it runs; rows of its activations then stay spread over it as the batch is. scans: whether many tokens go
     through the layers as a loop over them, which compiles once; a decoding step never does, as a loop copies each
-    layer's weights out of their stack. kernels: which attention many tokens take (`kernels`).
+    layer's weights out of their stack. kernels: which attention many tokens take (`kernels`), and which grouped products a
+    mixture's gradient.
     """
 
     def __init__(
@@ -134,7 +140,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.mesh, self.scans, self.kernels = mesh, scans, kernels
         self.embed = param(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), config.dim)
-        self.layers = nnx.List([Block(config, layer, rngs, mesh) for layer in range(config.layers)])
+        self.layers = nnx.List([Block(config, layer, rngs, mesh, kernels) for layer in range(config.layers)])
         self.norm = vector(1.0 - config.norm_offset, (config.dim,), ("embed",))
         if config.scalar:
             self.score = vector(0.0, (1, config.dim), (None, "embed"))

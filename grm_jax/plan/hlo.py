@@ -218,7 +218,7 @@ def product_flops(instruction: Instruction, within: Mapping[str, Instruction]) -
 def _is_grouped(instruction: Instruction) -> bool:
     """Whether it is the product of a mixture's experts, each with its run of rows."""
     said = instruction.name + instruction.rest.split("backend_config")[0]
-    return instruction.opcode == "custom-call" and "ragged" in said
+    return instruction.opcode == "custom-call" and ("ragged" in said or instruction.name.startswith("tgmm"))
 
 
 def _experts_flops(arrays: Sequence[tuple[int, ...]], out: tuple[int, ...]) -> float:
