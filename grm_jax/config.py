@@ -244,6 +244,8 @@ class PlanConfig:
     """the run's config file, of `rl`, `rft`, `meta_rm` or a baseline"""
     topology: str | None = None
     """TPUs to compile for, such as v5p:4x4x4, v5e:4x8 or v6e:4x8; needs libtpu (the extra tpu), no TPU"""
+    slices: int = 1
+    """such topologies side by side, which the data center's network joins; mesh.data has to be a multiple of them"""
     cpu_devices: int | None = None
     """simulated CPU devices instead"""
     numbers: str | None = None
@@ -256,6 +258,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if (self.topology is None) == (self.cpu_devices is None):
             raise ValueError("give --topology, such as v5p:4x4x4, or --cpu-devices N: one of the two")
+        if self.slices < 1 or (self.slices > 1 and self.topology is None):
+            raise ValueError(f"slices = {self.slices}: it is at least 1, and of a --topology")
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ValueError(f"cpu_devices = {self.cpu_devices}: it has to be at least 1")
 

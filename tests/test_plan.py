@@ -193,13 +193,29 @@ def test_weights_that_are_gathered_in_the_loop_are_found():
     assert hlo.loops_that_gather(text_of(loop, w, x), "decode", least=1024)
 
 
-def test_a_bound_is_the_longest_of_three():
-    chip = chips.Chip(memory=1.0, bandwidth=10.0, links=2.0, accelerator="-")
+def test_what_goes_between_slices_is_counted_apart():
+    """A sum over 4 slices takes 2 * 3 / 4 of the array, a gathering 3 times what each brings; links carry none of it."""
+    line = (
+        "ENTRY %e (a: f32[8,128]) -> f32[8,128] {\n  %a = f32[8,128]{1,0} parameter(0)\n  %t = token[] after-all()\n"
+        "  %send = (f32[8,128]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_transfer_type="KIND"}\n'
+        "  ROOT %c = f32[8,128]{1,0} copy(%a)\n}\n"
+    )
+    for kind, share in (("ALL_REDUCE", 1.5), ("ALL_GATHER", 3.0), ("REDUCE_SCATTER", 0.75), ("ONE_TO_ONE", 1.0)):
+        cost = hlo.costs(line.replace("KIND", kind), {"data": 1}, 1, slices=4)["rest"]
+        assert (cost.crossed, cost.sent) == (share * 8 * 128 * 4, 0.0), kind
+        assert list(cost.collectives) == [(kind.lower().replace("_", "-"), "slices")]
+
+
+def test_a_bound_is_the_longest_of_four():
+    chip = chips.Chip(memory=1.0, bandwidth=10.0, links=2.0, network=1.0, accelerator="-")
     cost = hlo.Cost(flops=100.0, bytes=100.0)
     assert report.bound(cost, chip, peak=5.0) == (20.0, "FLOPs")
     assert report.bound(cost, chip, peak=50.0) == (10.0, "memory")
     cost.add_collective("all-gather", "fsdp", 1, 44.0)
     assert report.bound(cost, chip, peak=50.0) == (22.0, "links")
+    cost.add_collective("all-reduce", "slices", 1, 23.0)
+    assert report.bound(cost, chip, peak=50.0) == (23.0, "network")
 
 
 def test_known_numbers_have_the_sizes_of_the_papers():
@@ -226,10 +242,12 @@ def test_options_of_the_plan_and_of_the_config_part():
     assert rest == ["--mesh.fsdp", "2"]
     with pytest.raises(ValueError, match="give --topology, such as v5p:4x4x4, or --cpu-devices"):
         PlanConfig("c.py")
+    with pytest.raises(ValueError, match="slices = 2: it is at least 1, and of a --topology"):
+        PlanConfig("c.py", cpu_devices=8, slices=2)
 
 
-def plan(*args):
-    command = [sys.executable, "-m", "grm_jax.main", "plan", "--config", "configs/gemma2_27b_rl.py", *args]
+def plan(*args, config="configs/gemma2_27b_rl.py"):
+    command = [sys.executable, "-m", "grm_jax.main", "plan", "--config", config, *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
 
 
@@ -243,8 +261,29 @@ def test_bad_plans_say_what_is_wrong():
     assert "begins with one of v4, v5e, v5p, v6e, tpu7x" in done.stderr
 
 
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'grm-jax[tpu]'"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'grm-jax[tpu]'")
+@needs_libtpu
+def test_two_slices_are_joined_by_sums_over_data_alone():
+    """A whole step of RL over two slices: gradients cross the network, and nothing does while decoding."""
+    tiny = ("--numbers", "tests/goldens/llama", "--topology", "v5e:2x2", "--slices", "2", "--only", "rl")
+    done = plan(*tiny, "--mesh.data", "2", "--mesh.fsdp", "4", config="configs/tiny_rl.py")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "mesh: data 2 x fsdp 4 x tensor 1 x expert 1; 2 slices along data" in done.stdout
+    decode = next(line for line in done.stdout.splitlines() if "decode" in line)
+    assert "slices" not in decode
+    assert re.search(r"all-reduce over slices", done.stdout)
+    done = plan(*tiny, "--mesh.data", "1", "--mesh.fsdp", "8", config="configs/tiny_rl.py")
+    assert done.returncode == 2
+    assert "mesh.data = 1 over 2 slices: they are split along data, make it a multiple of 2" in done.stderr
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_27b_fits_64_chips():
     done = plan(
         "--topology",

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 PHASES = ("prefill", "decode", "reference", "gradient", "update")
+SLICES = "slices"
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = frozenset(
@@ -57,7 +58,10 @@ class Instruction:
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device. collectives: (opcode, mesh axes) -> (how many, bytes sent); kernels: name -> how often it runs."""
+    """Of one device. collectives: (opcode, mesh axes) -> (how many, bytes sent); kernels: name -> how often it runs.
+
+    Those that join slices have no axes but SLICES: their bytes go over the network, the others' over the links.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -70,7 +74,11 @@ class Cost:
 
     @property
     def sent(self) -> float:
-        return sum(size for _, size in self.collectives.values())
+        return sum(size for (_, axes), (_, size) in self.collectives.items() if axes != SLICES)
+
+    @property
+    def crossed(self) -> float:
+        return sum(size for (_, axes), (_, size) in self.collectives.items() if axes == SLICES)
 
 
 Computations = dict[str, dict[str, Instruction]]
@@ -145,8 +153,11 @@ def trips(instruction: Instruction, computations: Computations, unknown: int) ->
     return max(limits, default=unknown) or unknown
 
 
-def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
-    """The cost of each phase, on one device. mesh: its axes' sizes; steps: trips of a loop that XLA has no count of."""
+def costs(text: str, mesh: Mapping[str, int], steps: int, slices: int = 1) -> dict[str, Cost]:
+    """The cost of each phase, on one device.
+
+    mesh: its axes' sizes, within one of the slices; steps: trips of a loop that XLA has no count of.
+    """
     computations, entry = parse(text)
     found: dict[str, Cost] = {}
     for phase, instruction, times, within, fused in _walk(computations, entry, steps):
@@ -156,6 +167,12 @@ def costs(text: str, mesh: Mapping[str, int], steps: int) -> dict[str, Cost]:
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES and not instruction.opcode.endswith("-done"):
             cost.add_collective(kind, axes_of(instruction.rest, mesh), times, times * _sent(instruction, within, mesh))
+        if instruction.opcode == "send" and (
+            between := re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
+        ):
+            kind, (whole, *_) = between[1].lower().replace("_", "-"), shapes(instruction.type)
+            sent = math.prod(whole[1]) * _width(whole[0]) * _share(kind, slices)
+            cost.add_collective(kind, SLICES, times, times * sent)
         if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
             name = re.sub(r"(_segmented|_residuals|_no_residuals|_clone|[.\d])+$", "", instruction.name)
             cost.kernels[name] = cost.kernels.get(name, 0.0) + times
@@ -356,14 +373,17 @@ def axes_of(rest: str, mesh: Mapping[str, int]) -> str:
 
 
 def _sent(instruction: Instruction, within: Mapping[str, Instruction], mesh: Mapping[str, int]) -> float:
-    """Bytes that a device sends, by the ring algorithms: (n - 1) / n of what is gathered, twice that of what is summed."""
-    kind = instruction.opcode.removesuffix("-start")
+    """Bytes that a device sends."""
     devices = len(groups_of(instruction.rest, math.prod(mesh.values())))
     operands = sum(size(within[name].type) for name in instruction.operands if name in within)
-    share = (devices - 1) / devices
-    if kind == "all-gather":
-        return operands * (devices - 1)
-    return operands * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+    return operands * _share(instruction.opcode.removesuffix("-start"), devices)
+
+
+def _share(kind: str, members: int) -> float:
+    """How often each member sends what it brings, by the ring algorithms: to sum is to scatter, then to gather."""
+    scattered = (members - 1) / members
+    often = {"all-gather": members - 1, "all-reduce": 2 * scattered, "collective-permute": 1, "one-to-one": 1}
+    return often.get(kind, scattered)
 
 
 def loops_that_gather(text: str, phase: str, least: int) -> Sequence[str]:

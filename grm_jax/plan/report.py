@@ -45,8 +45,10 @@ def shard_bytes(tree: Any) -> float:
 
 
 def bound(cost: Cost, chip: Chip, peak: float) -> tuple[float, str]:
-    """(Seconds at least, what bounds them): products, memory or links, whichever takes longest alone."""
+    """(Seconds at least, what bounds them): products, memory, links or network, whichever takes longest alone."""
     seconds = {"FLOPs": cost.flops / peak, "memory": cost.bytes / chip.bandwidth, "links": cost.sent / chip.links}
+    if chip.network:
+        seconds["network"] = cost.crossed / chip.network
     name = max(seconds, key=seconds.__getitem__)
     return seconds[name], name
 
@@ -55,10 +57,16 @@ def fits(program: Compiled, chip: Chip | None) -> bool:
     return program.failed is None and (chip is None or program.total <= chip.memory)
 
 
-def text(programs: Sequence[Compiled], chip: Chip | None, peak: float | None, mesh: Mapping[str, int]) -> str:
+def text(
+    programs: Sequence[Compiled], chip: Chip | None, peak: float | None, mesh: Mapping[str, int], slices: int = 1
+) -> str:
     """All tables, and for what does not fit the recipe's fields that would help."""
     console = Console(file=io.StringIO(), width=160)
     shape = " x ".join(f"{name} {size}" for name, size in mesh.items())
+    if slices > 1:
+        shape += f"; {slices} slices along data" + (
+            "" if chip and chip.network else ", whose network's speed is not known"
+        )
     console.print(f"mesh: {shape}", highlight=False)
     console.print(_memory(programs, chip))
     for program in programs:
@@ -96,17 +104,18 @@ def _work(program: Compiled, chip: Chip | None, peak: float | None) -> Table:
     )
     total = 0.0
     for phase, cost in sorted(program.phases.items(), key=lambda item: -item[1].flops):
-        if not (cost.flops or cost.sent or cost.bytes > 1e6):
+        sent = cost.sent + cost.crossed
+        if not (cost.flops or sent or cost.bytes > 1e6):
             continue
         seconds, name = bound(cost, chip, peak) if chip and peak else (math.nan, "-")
         total += 0 if math.isnan(seconds) else seconds
-        sent = ", ".join(
+        joined = ", ".join(
             f"{count:.0f} {kind} over {axes} ({size / 1e9:.3g} GB)"
             for (kind, axes), (count, size) in sorted(cost.collectives.items(), key=lambda item: -item[1][1])[:4]
         )
         shown = "-" if math.isnan(seconds) else f"{seconds:.3g}"
         table.add_row(
-            phase, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", f"{cost.sent / 1e9:.4g}", shown, name, sent
+            phase, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", f"{sent / 1e9:.4g}", shown, name, joined
         )
     table.add_row("all", "", "", "", f"{total:.3g}" if total else "-", "", "")
     kernels: dict[str, float] = {}

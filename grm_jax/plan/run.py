@@ -3,7 +3,7 @@
 1. The recipe is read as the run's own command reads it; the model's numbers come from a config.json or by name, no weights.
 2. A TPU topology comes from libtpu (the extra `tpu`), which compiles without a TPU; `--cpu-devices` simulates.
 3. Each program is lowered from shapes and compiled; its memory is the compiler's count, its work `hlo.costs`'.
-4. The roofline is a least time: each phase takes as long as its products, its memory or its links alone.
+4. The roofline is a least time: each phase takes as long as its products, its memory, its links or its network alone.
 
 The text of a compiled program goes to `--output` where that is given.
 """
@@ -46,12 +46,14 @@ def run(config: PlanConfig, rest: Sequence[str]) -> int:
         if config.only and program.name not in config.only:
             continue
         logger.info("compiling %s for %d devices", program.name, mesh.size)
-        found.append(compiled(program, dict(mesh.shape), config.output, devices[0].platform))
-    print(report.text(found, chip, peak, dict(mesh.shape)), end="")
+        found.append(compiled(program, dict(mesh.shape), config.output, devices[0].platform, config.slices))
+    print(report.text(found, chip, peak, dict(mesh.shape), config.slices), end="")
     return 0 if all(report.fits(program, chip) for program in found) else 1
 
 
-def compiled(program: programs.Program, mesh: dict[str, int], output: str | None, platform: str) -> report.Compiled:
+def compiled(
+    program: programs.Program, mesh: dict[str, int], output: str | None, platform: str, slices: int = 1
+) -> report.Compiled:
     """A program compiled, measured and counted; or why the compiler refused it."""
     started = time.monotonic()
     kinds = {kind: report.shard_bytes(tree) for kind, tree in program.arguments.items()}
@@ -74,7 +76,7 @@ def compiled(program: programs.Program, mesh: dict[str, int], output: str | None
         kinds,
         temporaries=_temporaries(memory, platform),
         beside=report.shard_bytes(program.beside),
-        phases=hlo.costs(text, mesh, program.steps),
+        phases=hlo.costs(text, mesh | {"data": mesh["data"] // slices}, program.steps, slices),
     )
 
 
@@ -130,7 +132,8 @@ def _devices(config: PlanConfig) -> tuple[list[jax.Device], Chip | None]:
     for name, value in told.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(config.topology, platform="tpu").devices), chip
+        many = {"num_slices": config.slices} if config.slices > 1 else {}
+        return list(topologies.get_topology_desc(config.topology, platform="tpu", **many).devices), chip
     except (ImportError, RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
