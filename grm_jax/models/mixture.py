@@ -127,18 +127,55 @@ def _of_these(
     """What the experts `first`, first + 1, ..., whose matrices these are, add to each token: [R, D]."""
     gate, up, down = matrices
     grouped = partial(_grouped, kernels)
-    count, per_token = gate.shape[0], chosen_RK.shape[1]
-    expert_A = chosen_RK.reshape(-1) - first
-    expert_A = jnp.where((expert_A >= 0) & (expert_A < count), expert_A, count)  # the others' come last
-    order = jnp.argsort(expert_A)
-    sizes_E = jax.nn.one_hot(expert_A, count, dtype=jnp.int32).sum(axis=0)
-    # Behind the last run a grouped product leaves what it likes, so those rows are masked on the way in and out.
-    inside_A = (jnp.arange(order.shape[0]) < sizes_E.sum())[:, None]
-    rows_AD = jnp.where(inside_A, x_RD[order // per_token], 0.0)
+    count = gate.shape[0]
+    expert_KR = chosen_RK.T - first
+    here_KR = (expert_KR >= 0) & (expert_KR < count)
+    order_A = jnp.argsort(jnp.where(here_KR, expert_KR, count).reshape(-1))  # the others' come last
+    sizes_E = jax.nn.one_hot(expert_KR.reshape(-1), count, dtype=jnp.int32).sum(axis=0)
+    place_KR = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(order_A.shape[0])).reshape(here_KR.shape)
+    rows_AD = _taken(x_RD, order_A, place_KR, here_KR)
     hidden_AF = activated(grouped(rows_AD, gate, sizes_E), activation) * grouped(rows_AD, up, sizes_E)
-    out_AD = jnp.where(inside_A, grouped(hidden_AF, down, sizes_E), 0.0)
-    place_A = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
-    return jnp.einsum("RKD,RK->RD", out_AD[place_A].reshape(*chosen_RK.shape, -1), weights_RK)
+    return _summed(grouped(hidden_AF, down, sizes_E), weights_RK.T, order_A, place_KR, here_KR)
+
+
+# Rows to and from the experts' order. The order is a permutation, so the backward pass of each gathering is a gathering
+# too, where differentiation would scatter. Behind the last run a grouped product leaves what it likes: those rows are left
+# out where rows come back to their tokens, in either direction.
+
+
+@jax.custom_vjp
+def _taken(x_RD: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array) -> jax.Array:
+    """Each assignment's token, in the experts' order: [A, D]."""
+    return x_RD[order_A % x_RD.shape[0]]
+
+
+def _taken_backward(given: tuple[jax.Array, ...], rows_AD: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return _back(rows_AD, *given).sum(axis=0), None, None, None
+
+
+_taken.defvjp(lambda x, order, place, here: (_taken(x, order, place, here), (place, here)), _taken_backward)
+
+
+@jax.custom_vjp
+def _summed(
+    out_AD: jax.Array, weights_KR: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array
+) -> jax.Array:
+    """Each token's assignments by their weights: [R, D]."""
+    return jnp.einsum("KRD,KR->RD", _back(out_AD, place_KR, here_KR), weights_KR)
+
+
+def _summed_backward(given: tuple[jax.Array, ...], y_RD: jax.Array) -> tuple[jax.Array | None, ...]:
+    out_AD, weights_KR, order_A, place_KR, here_KR = given
+    by_rows = y_RD[order_A % y_RD.shape[0]] * weights_KR.reshape(-1)[order_A][:, None]
+    return by_rows, jnp.einsum("KRD,RD->KR", _back(out_AD, place_KR, here_KR), y_RD), None, None, None
+
+
+_summed.defvjp(lambda *given: (_summed(*given), given), _summed_backward)
+
+
+def _back(rows_AD: jax.Array, place_KR: jax.Array, here_KR: jax.Array) -> jax.Array:
+    """Rows in the experts' order as [K, R, D], 0 for those of no expert here."""
+    return jnp.where(here_KR[:, :, None], rows_AD[place_KR], 0.0)
 
 
 def _in_pieces(of_these: Callable[..., jax.Array], *tokens: jax.Array) -> jax.Array:

@@ -6,8 +6,9 @@ XLA's own `cost_analysis` counts the body of a loop once. Here each instruction 
    which XLA writes down, or their condition; a loop without one counts as often as the caller says;
 3. what is counted is kept by phase: the innermost `jax.named_scope` among PHASES in an instruction's name.
 
-Bytes are those that an instruction outside of fusions reads and writes, slices at their own size: what a memory has to
-move if nothing stays on the chip between two instructions. A collective's bytes are those that one device sends.
+Bytes are those that an instruction outside of fusions reads from the device's memory and writes to it, slices at their own
+size; what the compiler keeps on the chip between two instructions, as it says in an array's layout, moves nothing. A
+collective's bytes are those that one device sends.
 """
 
 from __future__ import annotations
@@ -281,51 +282,64 @@ def _pairs(rest: str, at: int, size: int, kernel: int, out: int) -> int:
     return sum(0 <= place <= (size - 1) * gap and place % gap == 0 for place in kept)
 
 
+def in_memory(type_: str) -> int:
+    """Bytes of a type that lie in the device's memory: arrays kept on the chip have an S in their layout."""
+    return sum(bytes_ for bytes_, held in _arrays(type_) if held)
+
+
+def _arrays(type_: str) -> list[tuple[int, bool]]:
+    """(Bytes, whether they lie in memory) of each array of a type."""
+    found = re.findall(_SHAPE.pattern + r"(\{[^}]*\})?", type_)
+    return [(size(f"{dtype}[{dims}]"), "S(" not in layout) for dtype, dims, layout in found]
+
+
 def _moved(instruction: Instruction, within: Mapping[str, Instruction], computations: Computations) -> float:
-    """Bytes read and written; of a slice, or of an array that is updated in place, those of the part alone."""
+    """Bytes of memory read and written; of a slice, a gathering or an array updated in place, those of the part alone."""
     operands = [within[name].type for name in instruction.operands if name in within]
-    if instruction.opcode == "dynamic-slice":
-        return 2 * size(instruction.type)
+    if instruction.opcode in ("dynamic-slice", "gather"):
+        return min(size(instruction.type), in_memory(operands[0])) + in_memory(instruction.type)
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * size(operands[1])
+        return in_memory(operands[1]) + min(size(operands[1]), in_memory(instruction.type))
     if instruction.opcode.endswith("-done"):
         return 0.0  # its start has counted it
     if instruction.opcode.endswith("-start"):
-        last = shapes(instruction.type)[-1:]
-        return sum(map(size, operands)) + sum(math.prod(shape) * _width(dtype) for dtype, shape in last)
+        # A copy gives (result, operand, ...), all others (operands, results, ...).
+        taken = sum(len(_arrays(type_)) for type_ in operands)
+        first = 0 if instruction.opcode == "copy-start" else taken
+        results = _arrays(instruction.type)[first : first + taken]
+        most = sum(bytes_ for bytes_, _ in results) if instruction.opcode == "slice-start" else math.inf
+        return min(sum(map(in_memory, operands)), most) + sum(bytes_ for bytes_, held in results if held)
     if instruction.opcode != "fusion":
-        return size(instruction.type) + sum(map(size, operands))
+        return in_memory(instruction.type) + sum(map(in_memory, operands))
     inside = computations.get(next(iter(called(instruction)), ""), {})
-    read = sum(_read(inside, i, size(type_)) for i, type_ in enumerate(operands))
+    read = sum(_read(inside, i, in_memory(type_)) for i, type_ in enumerate(operands))
     roots = [other for other in inside.values() if other.root]
     if roots and roots[0].opcode == "tuple":
         roots = [inside[name] for name in roots[0].operands if name in inside]
-    if any(root.opcode == "dynamic-update-slice" for root in roots):
-        written = sum(
-            size(inside[root.operands[1]].type)
-            if root.opcode == "dynamic-update-slice" and root.operands[1] in inside
-            else size(root.type)
-            for root in roots
-        )
-        return read + written
-    return read + size(instruction.type)
+    arrays = _arrays(instruction.type)
+    if len(roots) != len(arrays):
+        return read + in_memory(instruction.type)
+    for root, (bytes_, held) in zip(roots, arrays, strict=True):
+        updated = root.opcode == "dynamic-update-slice" and root.operands[1] in inside
+        read += held * (size(inside[root.operands[1]].type) if updated else bytes_)
+    return read
 
 
 def _read(inside: Mapping[str, Instruction], index: int, whole: int) -> float:
-    """Bytes of a fusion's operand that it reads: slices of it, where all that uses it are slices."""
+    """Bytes of a fusion's operand that it reads: slices or rows of it, where all that uses it takes some."""
     name = next((i.name for i in inside.values() if i.opcode == "parameter" and i.inner == str(index)), None)
     users = [i for i in inside.values() if name in i.operands]
-    if not users:
+    if not users or not whole:
         return whole
     parts = 0.0
     for user in users:
-        if user.opcode == "dynamic-slice" and user.operands[0] == name:
+        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
             parts += size(user.type)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # updated in place
         else:
             return whole
-    return parts
+    return min(parts, whole)
 
 
 def groups_of(rest: str, devices: int) -> list[int]:
