@@ -156,6 +156,10 @@ def test_grouped_products_are_a_loop_over_experts(
         return through_experts(x, jnp.asarray(ids), weights, matrices, "silu")
 
     assert ("scan[" in str(jax.make_jaxpr(given)(x))) == (piece == 3)
+    by_x = jax.make_jaxpr(jax.grad(lambda x: given(x).sum()))(x)
+    assert not re.search(r"f32\[\d+,\d+\] = scatter-add", str(by_x)), (
+        "rows come back from the experts' order by gathering"
+    )
     ((_, y), grads), ((_, wanted), expected) = through(through_experts), through(loop)
     np.testing.assert_allclose(y, wanted, atol=atol)
     for found, right in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):

@@ -112,6 +112,49 @@ def test_products_as_a_tpu_writes_them():
     assert total(line.replace("ragged-dot-x", "tgmm.3"), {"expert": 4}).flops == 2 * 96 * 32 * 64 / 4
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("fusion(%a), kind=kLoop, calls=%f", 4 * 1024 * 128 + 4 * 8 * 128),  # reads all of it, writes its result
+        ("fusion(%a), kind=kLoop, calls=%g", 2 * 4 * 8 * 128),  # gathers rows
+        ("gather(%a, %a)", 2 * 4 * 8 * 128),
+        ("dynamic-slice(%a, %a)", 2 * 4 * 8 * 128),
+        ("negate(%chip)", 4 * 8 * 128),  # read from the chip
+    ],
+)
+def test_memory_moves_what_is_not_on_the_chip(line, moved):
+    text = (
+        "%f (p: f32[1024,128]) -> f32[8,128] {\n  %p = f32[1024,128]{1,0} parameter(0)\n"
+        "  ROOT %r = f32[8,128]{1,0} reduce(%p)\n}\n"
+        "%g (p: f32[1024,128]) -> f32[8,128] {\n  %p = f32[1024,128]{1,0} parameter(0)\n"
+        "  ROOT %r = f32[8,128]{1,0} gather(%p, %p)\n}\n"
+        "ENTRY %e (a: f32[1024,128]) -> f32[8,128] {\n  %a = f32[1024,128]{1,0} parameter(0)\n"
+        "  %chip = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)\n"
+    )
+    assert total(f"{text}  ROOT %o = f32[8,128]{{1,0}} {line}\n}}\n").bytes == moved
+    on_chip = f"{text}  ROOT %o = f32[8,128]{{1,0:T(8,128)S(1)}} {line}\n}}\n"
+    assert total(on_chip).bytes == moved - 4 * 8 * 128
+
+
+def test_memory_moves_what_is_fetched_ahead():
+    """A slice by its own size, however large what it is of; a copy on its way to the chip is read alone."""
+    text = (
+        "ENTRY %e (a: f32[1024,128]) -> f32[8,128] {\n  %a = f32[1024,128]{1,0} parameter(0)\n"
+        "  %s = ((f32[1024,128]{1,0}), f32[8,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)\n"
+        "  ROOT %d = f32[8,128]{1,0:S(1)} slice-done(%s)\n}\n"
+    )
+    assert total(text).bytes == 4 * 8 * 128
+    assert total(text.replace(":S(1)", "")).bytes == 2 * 4 * 8 * 128
+    text = (
+        "ENTRY %e (a: f32[1024,128]) -> f32[1024,128] {\n  %a = f32[1024,128]{1,0} parameter(0)\n"
+        "  %s = (f32[1024,128]{1,0:S(1)}, f32[1024,128]{1,0}, u32[]) copy-start(%a)\n"
+        "  ROOT %d = f32[1024,128]{1,0:S(1)} copy-done(%s)\n}\n"
+    )
+    assert total(text).bytes == 4 * 1024 * 128
+    back = text.replace("(f32[1024,128]{1,0:S(1)}, f32[1024,128]{1,0}", "(f32[1024,128]{1,0}, f32[1024,128]{1,0}")
+    assert total(back).bytes == 2 * 4 * 1024 * 128
+
+
 def test_splash_attention_counts_its_products_and_its_calls():
     """3 rows, 4 heads, 256 queries, 384 keys of 64 numbers, values of 32: a mix is half of the scores' products."""
     line = (
