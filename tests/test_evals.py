@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,7 @@ def evaluate(folder, output, *more):
 
 def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "RESAMPLES", 20)
+    started = time.monotonic()
     assert evaluate(folder, tmp_path / "out", "--force-scores") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["cases"], report["complete"], report["missing"]["Natural"]) == (
@@ -223,15 +225,19 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     samples = read_samples(str(tmp_path / "out/judgments.jsonl"))
     assert all(sample.forced and sample.group == sample.id for sample in samples)
 
-    rows, whole = tmp_path / "out/judgments.jsonl", (tmp_path / "out/report.json").read_bytes()
+    rows = tmp_path / "out/judgments.jsonl"
+    seconds = sum(sample.seconds for sample in samples)
+    assert report["seconds_of_verdict"] == pytest.approx(seconds / 5)
+    assert 0 < seconds < time.monotonic() - started
     lines = rows.read_bytes().splitlines(keepends=True)
     for kept in (0, 7, 12):  # interrupted three times, twice within a case
         rows.write_bytes(b"".join(lines[:kept]) + lines[kept][:20] * (kept > 0))
         assert evaluate(folder, tmp_path / "out", "--force-scores") == 0
-        assert (tmp_path / "out/report.json").read_bytes() == whole
+        found = json.loads((tmp_path / "out/report.json").read_text())
+        assert found | {"seconds_of_verdict": report["seconds_of_verdict"]} == report
 
     assert main(["eval", "--from", str(rows), "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again/report.json").read_bytes() == whole
+    assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "out/report.json").read_bytes()
     assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2
     assert "was begun with" in capsys.readouterr().err
 
@@ -249,7 +255,7 @@ def test_forced_scores_are_dropped_from_a_report(folder, tmp_path, capsys, monke
         found = json.loads((tmp_path / name / "report.json").read_text())
         assert found["protocol"].pop("force_scores") == (name != "free")
         assert found["protocol"].pop("drop_forced", False) == (name == "again")
-        return {key: value for key, value in found.items() if "token" not in key}
+        return {key: value for key, value in found.items() if "token" not in key and "seconds" not in key}
 
     assert main([*again, "--drop-forced"]) == 0
     assert reported("again") == reported("free")
@@ -269,6 +275,7 @@ def test_forced_scores_are_dropped_from_a_report(folder, tmp_path, capsys, monke
 
 IN_A_BUCKET = """
 import sys
+import time
 from pathlib import Path
 from etils import epath
 from grm_jax.evals import measure

@@ -3,7 +3,7 @@
 1. Each way to vote has the benchmark's metric at k' = 1, 2, 4, ..., K, and at K a 95 % bootstrap interval of every number,
    resampled by query.
 2. Beside them: what picking the longer response and drawing lots score, unread judgments, position bias, agreement of
-   both orders, the histogram of scores, calibration of the vote's share, tokens.
+   both orders, the histogram of scores, calibration of the vote's share, tokens, seconds.
 
 Letters as in `table`.
 """
@@ -64,6 +64,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
             **(_of_rewards(table, plain) if table.rewards else _of_scores(table, plain, orders["voting"])),
             "tokens_of_judgment": float(table.tokens.mean()),
             "tokens_after": {str(k): int(table.tokens[:, :k].sum()) for k in tables.points(most)},
+            "seconds_of_verdict": math.nan if table.seconds is None else float(table.seconds.sum(axis=1).mean()),
         }
     )
 

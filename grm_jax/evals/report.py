@@ -149,6 +149,8 @@ def _rest(report: Mapping[str, Any]) -> list[list[str]]:
         ["tokens of a judgment", f"{report['tokens_of_judgment']:.0f}"],
         ["tokens of all cases after k judgments", tokens],
     ]
+    if (seconds := report.get("seconds_of_verdict")) is not None:
+        rows.append(["seconds of a verdict, compilation included", f"{seconds:.3g}"])
     return [row for row in rows if not report.get("left_out") or row[1] != "-"]
 
 

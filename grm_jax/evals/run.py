@@ -132,7 +132,7 @@ def _judge(
     judge: Judge, waiting: Mapping[str, Case], settings: JudgeSettings, templates: Mapping[int, str],
     write: Callable[..., None],
 ) -> None:  # fmt: skip
-    started = said = time.monotonic()
+    started = said = before = time.monotonic()
     tokens = 0
     examples = [case.example for case in waiting.values()]
     verdicts = map(judges.judgments_of, judge.verdicts(examples, settings, templates))
@@ -141,13 +141,15 @@ def _judge(
         samples = samples_of(
             _named(case), verdict, templates[len(case.example.responses)], settings.max_new_tokens, hinted=False
         )
+        now = time.monotonic()
+        seconds, before = round((now - before) / len(samples), 6), now
         rows = [
-            row_of(dataclasses.replace(sample, forced=judgment.forced or None, group=case.group))
+            row_of(dataclasses.replace(sample, forced=judgment.forced or None, group=case.group, seconds=seconds))
             for sample, judgment in zip(samples, verdict.judgments, strict=True)
         ]
         write(verdict, rows)
         tokens += verdict.usage.completion_tokens
-        if (now := time.monotonic()) - said >= _LOG_SECONDS or done == len(waiting):
+        if now - said >= _LOG_SECONDS or done == len(waiting):
             said = now
             logger.info("%d of %d cases, %.0f tokens/s", done, len(waiting), tokens / (now - started))
 

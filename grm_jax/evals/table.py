@@ -35,6 +35,7 @@ class Table:
     tokens: Int[np.ndarray, "E K"]
     logits: Float[np.ndarray, "E K"] | None  # where every judgment has one
     values: Float[np.ndarray, "E K N"] | None  # where every valid judgment has them
+    seconds: Float[np.ndarray, "E K"] | None  # where every judgment has them
     rewards: bool = False
 
 
@@ -79,6 +80,9 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
         if all(s.logit is not None for s in flat)
         else None,
         values=np.array([[padded(s.values) for s in row] for row in rows], np.float32) if valued else None,
+        seconds=np.array([[s.seconds for s in row] for row in rows])
+        if all(s.seconds is not None for s in flat)
+        else None,
         rewards=rewards,
     )
 

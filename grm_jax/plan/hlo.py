@@ -1,7 +1,7 @@
 """What a compiled program does, counted from its text (optimised HLO): FLOPs, bytes, and collectives by mesh axis.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here each instruction counts as often as it runs:
-1. `parse` reads the computations of a module, each a list of instructions with shapes;
+1. `hlo_text.parse` reads the computations of a module, each a list of instructions with shapes;
 2. `costs` walks from the entry, into fusions, calls, branches and loops, whose bodies count as often as their trip count,
    which XLA writes down, or their condition; a loop without one counts as often as the caller says;
 3. what is counted is kept by phase: the innermost `jax.named_scope` among PHASES in an instruction's name.
@@ -20,9 +20,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from grm_jax.plan.hlo_text import (
+    Computations,
+    Instruction,
+    array_bytes,
+    called,
+    in_memory,
+    parse,
+    shapes,
+    size,
+    trips,
+    width,
+)
+
 PHASES = ("prefill", "decode", "reference", "gradient", "update")
 SLICES = "slices"
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = frozenset(
     {
@@ -38,23 +50,6 @@ _FREE = frozenset(
     }
     | {"while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done", "copy-done"}
 )
-_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_NAMES = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line: its name, result type as text, opcode, operands' names, what its brackets hold and what follows them."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    inner: str
-    rest: str
-    root: bool
 
 
 @dataclasses.dataclass
@@ -82,78 +77,6 @@ class Cost:
         return sum(size for (_, axes), (_, size) in self.collectives.items() if axes == SLICES)
 
 
-Computations = dict[str, dict[str, Instruction]]
-
-
-def parse(text: str) -> tuple[Computations, str]:
-    """(Computations by name, the entry's name) of a module's text."""
-    found: Computations = {}
-    current, entry = "", ""
-    for line in text.splitlines():
-        if line.endswith("{") and ("->" in line or line.startswith("ENTRY")):
-            current = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
-            entry = current if line.startswith("ENTRY") else entry
-            found[current] = {}
-        elif (match := _LINE.match(line)) and current:
-            instruction = _instruction(match[1], line[match.end() :], line.lstrip().startswith("ROOT"))
-            found[current][instruction.name] = instruction
-    if not entry:
-        raise ValueError("no ENTRY computation: this is no text of an HLO module")
-    return found, entry
-
-
-def _instruction(name: str, text: str, root: bool) -> Instruction:
-    at = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    type_, text = text[:at], text[at:].lstrip()
-    opcode, _, text = text.partition("(")
-    end = _closing("(" + text, 0) - 1
-    inner = text[:end]
-    return Instruction(name, type_, opcode, tuple(_NAMES.findall(inner)), inner, text[end + 1 :], root)
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
-        if not depth:
-            return at
-    return len(text) - 1
-
-
-def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of a type, or of each part of a tuple."""
-    return [(dtype, tuple(map(int, dims.split(","))) if dims else ()) for dtype, dims in _SHAPE.findall(type_)]
-
-
-def size(type_: str) -> int:
-    """Bytes of a type."""
-    return sum(int(math.prod(shape) * _width(dtype)) for dtype, shape in shapes(type_))
-
-
-def _width(dtype: str) -> float:
-    if dtype in _BYTES:
-        return _BYTES[dtype]
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) / 8 if bits else 0
-
-
-def called(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs; a loop's condition is not among them."""
-    return [name for group in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.\-]+", group)]
-
-
-def trips(instruction: Instruction, computations: Computations, unknown: int) -> int:
-    """How often a loop's body runs: as XLA says, else the number that its condition holds a counter against."""
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-    if found:
-        return int(found[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
-    lines = list(computations.get(condition[1], {}).values()) if condition else []
-    lines += [line for fused in list(lines) for name in called(fused) for line in computations.get(name, {}).values()]
-    limits = [int(line.inner) for line in lines if line.opcode == "constant" and re.fullmatch(r"\d+", line.inner)]
-    return max(limits, default=unknown) or unknown
-
-
 def costs(text: str, mesh: Mapping[str, int], steps: int, slices: int = 1) -> dict[str, Cost]:
     """The cost of each phase, on one device.
 
@@ -172,7 +95,7 @@ def costs(text: str, mesh: Mapping[str, int], steps: int, slices: int = 1) -> di
             between := re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
         ):
             kind, (whole, *_) = between[1].lower().replace("_", "-"), shapes(instruction.type)
-            sent = math.prod(whole[1]) * _width(whole[0]) * _share(kind, slices)
+            sent = math.prod(whole[1]) * width(whole[0]) * _share(kind, slices)
             cost.add_collective(kind, SLICES, times, times * sent)
         if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
             name = re.sub(r"(_segmented|_residuals|_no_residuals|_clone|[.\d])+$", "", instruction.name)
@@ -282,17 +205,6 @@ def _pairs(rest: str, at: int, size: int, kernel: int, out: int) -> int:
     return sum(0 <= place <= (size - 1) * gap and place % gap == 0 for place in kept)
 
 
-def in_memory(type_: str) -> int:
-    """Bytes of a type that lie in the device's memory: arrays kept on the chip have an S in their layout."""
-    return sum(bytes_ for bytes_, held in _arrays(type_) if held)
-
-
-def _arrays(type_: str) -> list[tuple[int, bool]]:
-    """(Bytes, whether they lie in memory) of each array of a type."""
-    found = re.findall(_SHAPE.pattern + r"(\{[^}]*\})?", type_)
-    return [(size(f"{dtype}[{dims}]"), "S(" not in layout) for dtype, dims, layout in found]
-
-
 def _moved(instruction: Instruction, within: Mapping[str, Instruction], computations: Computations) -> float:
     """Bytes of memory read and written; of a slice, a gathering or an array updated in place, those of the part alone."""
     operands = [within[name].type for name in instruction.operands if name in within]
@@ -304,9 +216,9 @@ def _moved(instruction: Instruction, within: Mapping[str, Instruction], computat
         return 0.0  # its start has counted it
     if instruction.opcode.endswith("-start"):
         # A copy gives (result, operand, ...), all others (operands, results, ...).
-        taken = sum(len(_arrays(type_)) for type_ in operands)
+        taken = sum(len(array_bytes(type_)) for type_ in operands)
         first = 0 if instruction.opcode == "copy-start" else taken
-        results = _arrays(instruction.type)[first : first + taken]
+        results = array_bytes(instruction.type)[first : first + taken]
         most = sum(bytes_ for bytes_, _ in results) if instruction.opcode == "slice-start" else math.inf
         return min(sum(map(in_memory, operands)), most) + sum(bytes_ for bytes_, held in results if held)
     if instruction.opcode != "fusion":
@@ -316,10 +228,10 @@ def _moved(instruction: Instruction, within: Mapping[str, Instruction], computat
     roots = [other for other in inside.values() if other.root]
     if roots and roots[0].opcode == "tuple":
         roots = [inside[name] for name in roots[0].operands if name in inside]
-    arrays = _arrays(instruction.type)
-    if len(roots) != len(arrays):
+    results = array_bytes(instruction.type)
+    if len(roots) != len(results):
         return read + in_memory(instruction.type)
-    for root, (bytes_, held) in zip(roots, arrays, strict=True):
+    for root, (bytes_, held) in zip(roots, results, strict=True):
         updated = root.opcode == "dynamic-update-slice" and root.operands[1] in inside
         read += held * (size(inside[root.operands[1]].type) if updated else bytes_)
     return read
@@ -366,14 +278,14 @@ def _named_group(mesh: str, chosen: str) -> list[int]:
     """The first group along named axes, such as "'a'=2,'b'=4" and "'b'", or a part of one, "'b':(2)2" (behind, size)."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     ids, taken = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())), []
-    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
+    for name, before, count in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
         whole = sizes[name]
-        before, size = (int(before), int(size)) if size else (1, whole)
-        taken.append((list(sizes).index(name), whole // (before * size), size))
+        before, count = (int(before), int(count)) if count else (1, whole)
+        taken.append((list(sizes).index(name), whole // (before * count), count))
     offsets = np.zeros(1, np.int64)
     strides = [math.prod(ids.shape[i + 1 :]) for i in range(ids.ndim)]
-    for axis, behind, size in taken:
-        offsets = (offsets[:, None] + np.arange(size)[None] * behind * strides[axis]).ravel()
+    for axis, behind, count in taken:
+        offsets = (offsets[:, None] + np.arange(count)[None] * behind * strides[axis]).ravel()
     return offsets.tolist()
 
 

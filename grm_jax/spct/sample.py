@@ -45,7 +45,7 @@ from grm_jax.weights.embedded import check_model
 
 _LOG_SECONDS = 10.0  # between two lines of progress
 # Keys that a row lacks where there is nothing to say.
-_OPTIONAL = ("reference", "strength", "reason", "correct", "ended", "logit", "values", "forced", "group")
+_OPTIONAL = ("reference", "strength", "reason", "correct", "ended", "logit", "values", "forced", "group", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Sample:
     the item, `sample` the judgment's number among the item's, `tokens` the length of the text without its end id, and
     `ended` whether an end id came within the budget (None: not known); `logit` is a meta RM's, where one was asked, and
     `values` are those of `Judgment`. `correct` is None where several responses are the best, and for a lone reward. Of
-    `eval`: `forced` scores (`sample` never forces any), and the `group` of cases that have one query.
+    `eval`: `forced` scores (`sample` never forces any), the `group` of cases that have one query, and `seconds`, an even
+    share of the time from the verdict before to this one's: those of all rows add up to the time that judging took.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Sample:
     values: tuple[float, ...] | None = None
     forced: bool | None = None
     group: str | None = None
+    seconds: float | None = None
 
     @property
     def example(self) -> Example:
