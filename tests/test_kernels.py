@@ -184,6 +184,29 @@ def test_what_cudnn_is_asked_for(monkeypatch, config):
 
 
 @pytest.mark.parametrize(
+    ("softcap", "sizes", "dtype", "said"),
+    [
+        (50.0, (64, 64), "bfloat16", "soft-capped scores"),
+        (None, (64, 64), "float32", "float32 (give --dtype bfloat16)"),
+        (None, (192, 128), "bfloat16", "heads of 192 numbers with values of 128"),
+        (None, (256, 256), "bfloat16", "heads of 256 numbers"),
+    ],
+)
+def test_what_cudnn_does_not_cover_is_said_once(softcap, sizes, dtype, said, caplog, monkeypatch):
+    monkeypatch.setattr(kernels.logger, "propagate", True)
+    kernels._say_plain.cache_clear()
+    layout = kernels.fold(jnp.arange(128)[None], [Owner.ROW], [], None)
+    for _ in range(2):
+        assert kernels.cudnn(layout, None, softcap, sizes, jnp.dtype(dtype)) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kernels = cudnn: it does not cover {said}; plain attention is run there"
+    ]
+    few = kernels.fold(jnp.arange(127)[None], [Owner.ROW], [], None)
+    assert kernels.cudnn(few, None, softcap, sizes, jnp.dtype(dtype)) is None
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
     ("kernels_of", "platform", "expected"),
     [
         ("auto", "tpu", "splash"),

@@ -19,6 +19,7 @@ Sources: splash attention, `jax.experimental.pallas.ops.tpu.splash_attention`; c
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from grm_jax.config import Kernels
+from grm_jax.log import logger
 from grm_jax.models.attention import NOWHERE, Owner
 from grm_jax.sharding import ROWS, TRAINING
 
@@ -228,6 +230,12 @@ def splash(
     return attend
 
 
+@functools.cache
+def _say_plain(reason: str) -> None:
+    """Say once that what was asked for is not what is run."""
+    logger.warning("kernels = cudnn: it does not cover %s; plain attention is run there", reason)
+
+
 def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
@@ -244,12 +252,22 @@ def cudnn(
 ) -> Attend | None:
     """cuDNN's attention for a call's layers of a window; masks go in whole, [P, 1, L, S]. sizes: H and V.
 
-    None where it does not cover the call: soft-capped scores, float32, few queries, or heads whose values have another
-    size, no multiple of 8, or more than 128. implementation: "xla" computes the same by plain operations, on any device.
+    None where it does not cover the call, with a word of why but for few queries: soft-capped scores, float32, or heads
+    whose values have another size, no multiple of 8, or more than 128. implementation: "xla" computes the same by plain
+    operations, on any device.
     """
     queries = layout.samples * layout.tokens
+    if queries < _LEAST:
+        return None
     halves = dtype in (jnp.bfloat16, jnp.float16) or implementation == "xla"
-    if softcap is not None or not halves or queries < _LEAST or sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 128:
+    lacks = {
+        "soft-capped scores": softcap is not None,
+        f"{jnp.dtype(dtype).name} (give --dtype bfloat16)": not halves,
+        f"heads of {sizes[0]} numbers with values of {sizes[1]}": sizes[0] != sizes[1],
+        f"heads of {sizes[0]} numbers": sizes[0] % 8 > 0 or sizes[0] > 128,
+    }
+    if reason := next((reason for reason, lack in lacks.items() if lack), None):
+        _say_plain(reason)
         return None
     age = layout.query_positions[:, :, None] - layout.key_positions[:, None]
     seen = (age >= 0) & (layout.queries[:, :, None] == layout.keys[:, None]) & (layout.keys[:, None] > 0)
