@@ -133,7 +133,7 @@ def _of_these(
     order_A = jnp.argsort(jnp.where(here_KR, expert_KR, count).reshape(-1))  # the others' come last
     sizes_E = jax.nn.one_hot(expert_KR.reshape(-1), count, dtype=jnp.int32).sum(axis=0)
     place_KR = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(order_A.shape[0])).reshape(here_KR.shape)
-    rows_AD = _taken(x_RD, order_A, place_KR, here_KR)
+    rows_AD = _taken(gate.dtype, x_RD, order_A, place_KR, here_KR)
     hidden_AF = activated(grouped(rows_AD, gate, sizes_E), activation) * grouped(rows_AD, up, sizes_E)
     return _summed(grouped(hidden_AF, down, sizes_E), weights_RK.T, order_A, place_KR, here_KR)
 
@@ -143,17 +143,25 @@ def _of_these(
 # out where rows come back to their tokens, in either direction.
 
 
-@jax.custom_vjp
-def _taken(x_RD: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _taken(dtype: jnp.dtype, x_RD: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array) -> jax.Array:
     """Each assignment's token, in the experts' order: [A, D]."""
-    return x_RD[order_A % x_RD.shape[0]]
+    return x_RD.astype(dtype)[order_A % x_RD.shape[0]]
 
 
-def _taken_backward(given: tuple[jax.Array, ...], rows_AD: jax.Array) -> tuple[jax.Array, None, None, None]:
-    return _back(rows_AD, *given).sum(axis=0), None, None, None
+def _taken_forward(
+    dtype: jnp.dtype, x_RD: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _taken(dtype, x_RD, order_A, place_KR, here_KR), (place_KR, here_KR)
 
 
-_taken.defvjp(lambda x, order, place, here: (_taken(x, order, place, here), (place, here)), _taken_backward)
+def _taken_backward(
+    dtype: jnp.dtype, given: tuple[jax.Array, jax.Array], rows_AD: jax.Array
+) -> tuple[jax.Array, None, None, None]:
+    return _back(rows_AD, *given).sum(axis=0, dtype=jnp.float32), None, None, None
+
+
+_taken.defvjp(_taken_forward, _taken_backward)
 
 
 @jax.custom_vjp
