@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grm_jax.data import jsonl
+from grm_jax.data import jsonl, output
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
 
 RUN = {"model": "tiny", "votes": 2, "seed": 0, "temperature": 0.5}
@@ -204,7 +204,7 @@ def test_import_is_light():
 
 
 def test_verdict_row_has_the_keys_of_the_output():
-    row = jsonl.verdict_row(verdict_of("a"))
+    row = output.verdict_row(verdict_of("a"))
     assert json.loads(json.dumps(row)) == {
         "id": "a",
         "scores": [7, 3],
@@ -220,36 +220,38 @@ def test_verdict_row_has_the_keys_of_the_output():
         "usage": {"prompt_tokens": 100, "completion_tokens": 21, "seconds": 0.5},
     }
     cut = replace(verdict_of("a"), scores=(1.5, 2.0), usage=Usage(1, 2, 0.12345, cut_tokens=4))
-    assert jsonl.verdict_row(cut)["usage"] == {
+    assert output.verdict_row(cut)["usage"] == {
         "prompt_tokens": 1,
         "completion_tokens": 2,
         "seconds": 0.123,
         "cut_tokens": 4,
     }
-    assert jsonl.verdict_row(cut)["scores"] == [1.5, 2]
+    assert output.verdict_row(cut)["scores"] == [1.5, 2]
 
 
 @given(st.permutations("abcdef"))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_come_in_input_order_as_soon_as_their_turn_is_there(tmp_path, arrival):
     path, examples = str(tmp_path / "out.jsonl"), examples_named(*"abcdef")
-    with jsonl.open_writer(path, examples, RUN, overwrite=True) as writer:
+    with output.open_writer(path, examples, RUN, overwrite=True) as writer:
         for count in range(1, 7):
             writer.write(verdict_of(arrival[count - 1]))
             ready = list(itertools.takewhile(lambda id: id in arrival[:count], "abcdef"))  # noqa: B023
             assert ids_in(path) == ready  # on disk already, not in a buffer
+            assert output.finished(path, examples, RUN) == set(arrival[:count])  # and so are those that wait
+    assert not Path(f"{path}.ahead").exists()
 
 
 def test_a_row_is_one_line_and_one_write(tmp_path, monkeypatch):
     path = str(tmp_path / "out.jsonl")
     text = "a\nb\r\u2028\u2029\x85\x0c é \\u2028"
-    with jsonl.open_writer(path, examples_named("a"), RUN) as writer:
+    with output.open_writer(path, examples_named("a"), RUN) as writer:
         writer.write(verdict_of("a", text))
     (line,) = Path(path).read_text().splitlines()
     assert json.loads(line)["judgments"][0]["text"] == text
     assert "é" in line
     pieces = []
-    put = jsonl._row_by_row(
+    put = output._row_by_row(
         type("Slow", (io.BytesIO,), {"write": lambda self, b: pieces.append(b[:4]) or len(b[:4])})(), "x"
     )
     put(b"0123456789")
@@ -257,7 +259,7 @@ def test_a_row_is_one_line_and_one_write(tmp_path, monkeypatch):
 
 
 def test_verdicts_that_the_run_does_not_expect(tmp_path):
-    with jsonl.open_writer(str(tmp_path / "out.jsonl"), examples_named("a", "b"), RUN) as writer:
+    with output.open_writer(str(tmp_path / "out.jsonl"), examples_named("a", "b"), RUN) as writer:
         writer.write(verdict_of("b"))
         for id in ("b", "z"):
             with pytest.raises(ValueError, match=f"verdict of '{id}'"):
@@ -268,42 +270,102 @@ def test_verdicts_that_the_run_does_not_expect(tmp_path):
 
 @pytest.mark.parametrize("half", ["", '{"id": "c", "sco', '{"id": "c"}'])
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, half, caplog, monkeypatch):
-    monkeypatch.setattr(jsonl.logger, "propagate", True)
+    monkeypatch.setattr(output.logger, "propagate", True)
     path, examples = str(tmp_path / "new" / "folder" / "out.jsonl"), examples_named(*"abcd")
-    with jsonl.open_writer(path, examples, RUN) as writer:
+    with output.open_writer(path, examples, RUN) as writer:
         assert writer.finished == frozenset()
-        for id in "abd":  # d waits for c, and is lost
+        for id in "abd":  # d waits for c
             writer.write(verdict_of(id, "first run"))
-    assert "1 verdicts were ready before c" in caplog.text
     with open(path, "a") as file:
         file.write(half)
-    assert jsonl.finished(path, examples, RUN) == {"a", "b"}
+    with open(f"{path}.ahead", "a") as file:
+        file.write('{"id": "c", "sco')
+    assert output.finished(path, examples, RUN) == {"a", "b", "d"}
     assert ids_in(path) == ["a", "b"]
     assert ("half-written" in caplog.text) == bool(half)
-    with jsonl.open_writer(path, examples, dict(reversed(RUN.items()))) as writer:
-        assert writer.finished == {"a", "b"}
-        with pytest.raises(ValueError, match="verdict of 'a'"):
-            writer.write(verdict_of("a"))
-        writer.write(verdict_of("d", "second run"))
+    with output.open_writer(path, examples, dict(reversed(RUN.items()))) as writer:
+        assert writer.finished == {"a", "b", "d"}
+        for id in "ad":
+            with pytest.raises(ValueError, match=f"verdict of '{id}'"):
+                writer.write(verdict_of(id))
+        assert ids_in(f"{path}.ahead") == ["d"]
         writer.write(verdict_of("c", "second run"))
     assert ids_in(path) == list("abcd")
-    assert Path(path).read_text().count("first run") == Path(path).read_text().count("second run") == 2
-    assert jsonl.finished(path, examples, RUN) == frozenset("abcd")
-    with jsonl.open_writer(path, examples, RUN | {"seed": 1}, overwrite=True) as writer:
+    assert (Path(path).read_text().count("first run"), Path(path).read_text().count("second run")) == (3, 1)
+    assert sorted(file.name for file in Path(path).parent.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
+    assert output.finished(path, examples, RUN) == frozenset("abcd")
+    with output.open_writer(path, examples, RUN | {"seed": 1}, overwrite=True) as writer:
         assert writer.finished == frozenset()
         assert Path(path).read_bytes() == b""
-    with jsonl.open_writer(path, examples, RUN) as writer:  # an empty output binds nobody
+    with output.open_writer(path, examples, RUN) as writer:  # an empty output binds nobody
         assert writer.finished == frozenset()
+
+
+def test_what_waits_is_kept_by_whole_examples_and_goes_with_overwrite(tmp_path):
+    path, examples = str(tmp_path / "out.jsonl"), examples_named(*"abcd")
+    rows = {id: [{"id": id, "row": j} for j in range(2)] for id in "abcd"}
+    with output.open_writer(path, examples, RUN, each=2) as writer:
+        for id in "bc":  # both wait for a
+            writer.write(verdict_of(id), rows[id])
+    ahead = Path(f"{path}.ahead")
+    lines = ahead.read_text().splitlines(keepends=True)
+    ahead.write_text("".join(lines[:3]))
+    assert output.finished(path, examples, RUN, each=2) == {"b"}
+    with pytest.raises(jsonl.DataError, match="begun with seed=0"):
+        output.open_writer(path, examples, RUN | {"seed": 1}, each=2)
+    with output.open_writer(path, examples, RUN, each=2) as writer:  # cut off within the rows of c
+        assert ids_in(str(ahead)) == ["b", "b"]
+        for id in "dca":
+            writer.write(verdict_of(id), rows[id])
+    assert [json.loads(line) for line in Path(path).read_text().splitlines()] == [
+        row for id in "abcd" for row in rows[id]
+    ]
+    ahead.write_text("".join(lines))  # as if the run had been stopped before it was gone
+    with output.open_writer(path, examples, RUN, each=2) as writer:
+        assert writer.finished == set("abcd")
+        assert not ahead.exists()
+    ahead.write_text("".join(lines))
+    output.open_writer(path, examples, RUN, overwrite=True, each=2).close()
+    assert not ahead.exists()
+
+
+def test_objects_that_wait_stand_beside_the_object_until_they_are_in_it(tmp_path, monkeypatch):
+    """An object is written whole, so what waits goes when that has been done and not before."""
+    place, now, written = tmp_path / "object", [0.0], []
+    place.write_bytes(b"")
+    monkeypatch.setattr(output, "path_of", lambda path: ObjectLike(path))
+    ahead = output.Ahead(
+        str(place), settle=lambda: written.append(Path(f"{place}.ahead").read_bytes()), clock=lambda: now[0]
+    )
+    ahead.keep(b"b\n")
+    assert not Path(f"{place}.ahead").exists()
+    now[0] = 31.0
+    ahead.keep(b"c\n")
+    assert Path(f"{place}.ahead").read_bytes() == b"b\nc\n"
+    ahead.keep(b"d\n")
+    ahead.close()
+    assert ahead.read() == b"b\nc\nd\n"
+    ahead.clear()
+    assert written == [b"b\nc\nd\n"]
+    assert not Path(f"{place}.ahead").exists()
+
+
+class ObjectLike:
+    """A file behind an object's methods."""
+
+    def __init__(self, path):
+        for name in ("exists", "read_bytes", "write_bytes", "unlink"):
+            setattr(self, name, getattr(Path(path), name))
 
 
 def test_an_output_of_another_run_is_refused(tmp_path):
     path, examples = str(tmp_path / "out.jsonl"), examples_named(*"abc")
-    with jsonl.open_writer(path, examples, RUN) as writer:
+    with output.open_writer(path, examples, RUN) as writer:
         writer.write(verdict_of("a"))
     kept = Path(path).read_bytes()
 
     def refused(match: str, examples=examples, run=RUN) -> None:
-        for open_it in (jsonl.finished, jsonl.open_writer):
+        for open_it in (output.finished, output.open_writer):
             with pytest.raises(jsonl.DataError, match=match) as caught:
                 open_it(path, examples, run)
             assert "--overwrite" in str(caught.value)
@@ -335,16 +397,16 @@ def test_an_output_of_another_run_is_refused(tmp_path):
 
 def test_the_record_stands_before_the_first_row_and_old_rows_never_beside_a_new_one(tmp_path, monkeypatch):
     path, examples = str(tmp_path / "out.jsonl"), examples_named("a")
-    with jsonl.open_writer(path, examples, RUN) as writer:
+    with output.open_writer(path, examples, RUN) as writer:
         assert json.loads(Path(path + ".run.json").read_text())["settings"] == RUN
         writer.write(verdict_of("a"))
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jsonl, "_record", crash)
+    monkeypatch.setattr(output, "_record", crash)
     with pytest.raises(KeyboardInterrupt):
-        jsonl.open_writer(path, examples, RUN | {"votes": 8}, overwrite=True)
+        output.open_writer(path, examples, RUN | {"votes": 8}, overwrite=True)
     assert Path(path).read_bytes() == b""
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.run.json"]
 
@@ -353,10 +415,10 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "out.jsonl", Path("/proc/nowhere/out.jsonl")):
         with pytest.raises(jsonl.DataError, match=f"cannot write {path}: .*--output"):
-            jsonl.open_writer(str(path), examples_named("a"), RUN)
+            output.open_writer(str(path), examples_named("a"), RUN)
     with (
         pytest.raises(jsonl.DataError, match="cannot write to /dev/full: No space"),
-        jsonl.open_writer("/dev/full", examples_named("a"), RUN) as writer,
+        output.open_writer("/dev/full", examples_named("a"), RUN) as writer,
     ):
         writer.write(verdict_of("a"))
     assert not Path("/dev/full.run.json").exists()
@@ -366,7 +428,7 @@ def test_standard_output_is_written_once_and_left_open(tmp_path, monkeypatch):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
     monkeypatch.chdir(tmp_path)
-    with jsonl.open_writer("-", examples_named("a", "b"), RUN) as writer:
+    with output.open_writer("-", examples_named("a", "b"), RUN) as writer:
         writer.write(verdict_of("a"))
         assert json.loads(out.getvalue())["id"] == "a"
     assert not sys.stdout.closed
@@ -376,7 +438,7 @@ def test_standard_output_is_written_once_and_left_open(tmp_path, monkeypatch):
 def test_an_object_is_written_whole_from_time_to_time_and_at_the_end(tmp_path):
     place, now = tmp_path / "object", [0.0]
     place.write_bytes(b"old\n")
-    put, close = jsonl._as_a_whole(place, lambda: now[0])
+    put, close = output._as_a_whole(place, lambda: now[0])
     seen = []
     for second in (10, 29, 31, 40, 62):
         now[0] = float(second)

@@ -1,36 +1,25 @@
-"""Examples from JSON Lines, and verdicts to JSON Lines.
+"""Examples from JSON Lines: all rows are read, and every bad one is named with file, line, value and rule.
 
-1. `read_examples` reads all rows and names every bad one with file, line, value and rule; it imports nothing heavy.
-2. `open_writer` checks the output: it resumes an interrupted run of the same input and settings, or refuses.
-3. `VerdictWriter.write` takes verdicts in any order and writes their rows in the input's order, each row in one piece.
-
-Output and resuming. Beside `<output>` lies `<output>.run.json` with the run's settings and a digest of its examples. It is
-written first. The finished rows are a head of the input. A local file grows row by row, and loses a half-written
-last line on resuming; an object in a bucket is written whole, every OBJECT_SECONDS and at the end. Pipes do not resume.
+Nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import json
-import os
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-from grm_jax.datatypes import Example, Message, Verdict
-from grm_jax.log import logger
+from grm_jax.datatypes import Example, Message
 
 Parse = Callable[[object, str], Any]  # a decoded row and its id by default -> a record with an id, or RowError
 ROLES = ("system", "user", "assistant")
 SHOWN_ROWS = 20  # bad rows that an error lists
-OBJECT_SECONDS = 30.0  # between two writes of an object in a bucket
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ def _lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines from 1 on, stripped, but for blank ones. Raises DataError for a file that cannot be read."""
     with contextlib.ExitStack() as stack:
         try:
-            stream: Any = sys.stdin.buffer if path == "-" else stack.enter_context(_path(path).open("rb"))
+            stream: Any = sys.stdin.buffer if path == "-" else stack.enter_context(path_of(path).open("rb"))
             if path.endswith(".gz"):
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
             for line, raw in enumerate(stream, 1):
@@ -134,7 +123,7 @@ def _lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
             raise DataError(f"cannot read {name}: {reason}; give a JSON Lines file, or - for standard input") from error
 
 
-def _path(path: str) -> Any:
+def path_of(path: str) -> Any:
     if "://" not in path:
         return Path(path)
     from etils import epath  # only here: buckets need packages that take seconds to import
@@ -233,168 +222,3 @@ def id_of(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise RowError(value, "'id' is a string that is not empty, or a whole number")
     return text_of(value, "id")
-
-
-def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as one row of output: its fields, but what a judgment need not have only where it has it."""
-    row = asdict(verdict)
-    row["scores"] = [int(score) if score == int(score) else score for score in verdict.scores]
-    for judgment in row["judgments"]:
-        judgment["log_prob"] = round(judgment["log_prob"], 5)
-        for name in [name for name in ("reason", "logit", "kept", "values") if judgment[name] is None]:
-            del judgment[name]
-    row["usage"]["seconds"] = round(verdict.usage.seconds, 3)
-    if not verdict.usage.cut_tokens:
-        del row["usage"]["cut_tokens"]
-    return row
-
-
-class VerdictWriter(contextlib.AbstractContextManager["VerdictWriter"]):
-    """Rows of verdicts in the order of `ids`, whatever order they come in; `finished` ones were there before."""
-
-    def __init__(
-        self, ids: Sequence[str], finished: frozenset[str], put: Callable[[bytes], None], close: Callable[[], None]
-    ) -> None:
-        self.finished = finished
-        self._due = [id for id in reversed(ids) if id not in finished]  # the next one last
-        self._open = set(self._due)
-        self._waiting: dict[str, bytes] = {}
-        self._put, self._close = put, close
-
-    def write(self, verdict: Verdict, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Write the verdict's row, or `rows` in one piece, and those that waited for it, or keep it until its turn."""
-        if verdict.id not in self._open:
-            raise ValueError(f"verdict of {verdict.id!r}; each example of the run that is not finished has one verdict")
-        self._open.remove(verdict.id)
-        rows = [verdict_row(verdict)] if rows is None else rows
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        for separator in "\x85\u2028\u2029":  # some readers end a line there
-            text = text.replace(separator, f"\\u{ord(separator):04x}")
-        self._waiting[verdict.id] = text.encode()
-        while self._due and self._due[-1] in self._waiting:
-            self._put(self._waiting.pop(self._due.pop()))
-
-    def close(self) -> None:
-        """Finish the output. Rows that still wait for an earlier one are lost; the next run makes them again."""
-        if self._waiting:
-            logger.warning("%d verdicts were ready before %s was; they are not kept", len(self._waiting), self._due[-1])
-        self._close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_writer(
-    path: str, examples: Sequence[Example], settings: Mapping[str, object], overwrite: bool = False, each: int = 1
-) -> VerdictWriter:
-    """A writer to `path` ("-": standard output), going on behind the rows of an interrupted run unless `overwrite`.
-
-    Makes missing parent folders. Call it before loading a model: raises DataError for a path that cannot be written,
-    and as `finished` does. `settings` is what JSON can hold, `each` how many rows an example has.
-    """
-    ids = [example.id for example in examples]
-    try:
-        if path == "-":
-            return VerdictWriter(ids, frozenset(), _row_by_row(sys.stdout.buffer, "standard output"), lambda: None)
-        place = _path(path)
-        if isinstance(place, Path) and place.exists() and not place.is_file() and not place.is_dir():
-            stream = place.open("wb", buffering=0)  # a pipe or a device
-            return VerdictWriter(ids, frozenset(), _row_by_row(stream, path), stream.close)
-        if isinstance(place, Path):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        done = frozenset() if overwrite else finished(path, examples, settings, each)
-        if not done:
-            place.write_bytes(b"")  # first, so that the new record never stands beside old rows
-            _record(path, *_run(examples, settings))
-        if not isinstance(place, Path):
-            return VerdictWriter(ids, done, *_as_a_whole(place, time.monotonic))
-        stream = place.open("ab", buffering=0)
-        return VerdictWriter(ids, done, _row_by_row(stream, path), stream.close)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; give another --output") from error
-
-
-def _row_by_row(stream: BinaryIO, name: str) -> Callable[[bytes], None]:
-    def put(row: bytes) -> None:
-        try:
-            while row:  # one write a row, unless the system takes less of it
-                row = row[stream.write(row) :]
-            stream.flush()
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):  # the reader has gone
-                raise
-            raise DataError(f"cannot write to {name}: {error.strerror}; mend that, run again to go on") from error
-
-    return put
-
-
-def _as_a_whole(place: Any, clock: Callable[[], float]) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-    """`put` and `close` for a place that cannot grow: it is written whole from time to time, and at the end."""
-    rows, written = [place.read_bytes()], clock()
-
-    def put(row: bytes) -> None:
-        nonlocal written
-        rows.append(row)
-        if clock() - written >= OBJECT_SECONDS:
-            close()
-            written = clock()
-
-    def close() -> None:
-        place.write_bytes(b"".join(rows))
-
-    return put, close
-
-
-def _run(examples: Sequence[Example], settings: Mapping[str, object]) -> tuple[dict[str, Any], str]:
-    """What tells runs apart: the settings as JSON gives them back, and a digest of the input."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps(asdict(example)).encode())
-    return json.loads(json.dumps(dict(settings))), digest.hexdigest()
-
-
-def _record(path: str, settings: Mapping[str, object], digest: str) -> None:
-    place = _path(f"{path}.run.json")
-    written = place.with_name(place.name + ".new") if isinstance(place, Path) else place  # objects are atomic anyway
-    written.write_text(json.dumps({"settings": settings, "input": digest}, indent=1) + "\n")
-    if written is not place:
-        written.replace(place)
-
-
-def finished(path: str, examples: Sequence[Example], settings: Mapping[str, object], each: int = 1) -> frozenset[str]:
-    """The ids whose `each` rows an interrupted run left in `path`; a half-written last line or example is cut off.
-
-    Raises DataError, each with the way out, when the rows are not those of this run: no record beside them, other
-    settings or another input than recorded, a broken row, an id that the input does not have in that place.
-    """
-    place = _path(path)
-    if not (text := place.read_bytes() if place.exists() else b""):
-        return frozenset()
-    anew = "or start anew with --overwrite"
-    record = _path(f"{path}.run.json")
-    try:
-        before = json.loads(record.read_text())
-        old, digest = dict(before["settings"]), before["input"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} has text, but {record} no record of its run; give another --output, {anew}") from error
-    new, digest_now = _run(examples, settings)
-    if differ := [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]:
-        was, now_is = (", ".join(f"{key}={side.get(key)!r}" for key in differ) for side in (old, new))
-        raise DataError(f"{path} was begun with {was}; this run has {now_is}: use the same settings, {anew}")
-    if digest != digest_now:
-        raise DataError(f"{path} was begun with another input; give the same one, another --output, {anew}")
-    *rows, half = text.split(b"\n")
-    ids = [example.id for example in examples for _ in range(each)]
-    for line, raw in enumerate(rows, 1):
-        try:
-            found = json.loads(raw)["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{line}: no row of verdicts; take it and those behind it out, {anew}") from error
-        if [found] != ids[line - 1 : line]:
-            known = "out of its place" if found in ids else "not in the input"
-            raise DataError(f"{path}:{line}: id {found!r} is {known}; give another --output, {anew}")
-    whole = len(rows) - len(rows) % each
-    if half := b"\n".join([*rows[whole:], half]):
-        logger.warning("%s: dropped a half-written end of %d bytes", path, len(half))
-        os.truncate(path, len(text) - len(half))
-    return frozenset(ids[:whole])

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from grm_jax import hosts
-from grm_jax.data.jsonl import DataError, VerdictWriter, open_writer
+from grm_jax.data.jsonl import DataError
+from grm_jax.data.output import VerdictWriter, open_writer
 from grm_jax.datatypes import Example
 from grm_jax.hosts import Share
 
@@ -63,6 +64,7 @@ def _clear(share: Share, path: str, overwrite: bool) -> None:
     if hosts.is_first():
         for name in found:
             (place.parent / name).unlink()
-            (place.parent / f"{name}.run.json").unlink(missing_ok=True)
+            for more in (".run.json", ".ahead"):
+                (place.parent / f"{name}{more}").unlink(missing_ok=True)
     if found:
         hosts.sync(f"cleared {path}")

@@ -145,7 +145,7 @@ def _of_these(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _taken(dtype: jnp.dtype, x_RD: jax.Array, order_A: jax.Array, place_KR: jax.Array, here_KR: jax.Array) -> jax.Array:
-    """Each assignment's token, in the experts' order: [A, D]."""
+    """Each assignment's token (float32) in this dtype, in the experts' order: [A, D]."""
     return x_RD.astype(dtype)[order_A % x_RD.shape[0]]
 
 
