@@ -123,9 +123,16 @@ def loop(x_RD, ids, weights, matrices, activation):
     return out
 
 
-@pytest.mark.parametrize("kernels", ["plain", "interpreted"])
 @pytest.mark.parametrize(
-    ("dtype", "atol", "piece"), [("float32", 2e-5, 2048), ("float32", 2e-5, 3), ("bfloat16", 0.1, 5)]
+    ("dtype", "atol", "piece", "kernels"),
+    [
+        ("float32", 2e-5, 2048, "plain"),
+        ("float32", 2e-5, 3, "plain"),
+        ("bfloat16", 0.1, 5, "plain"),
+        pytest.param("float32", 2e-5, 2048, "interpreted", marks=pytest.mark.slow),
+        ("float32", 2e-5, 3, "interpreted"),
+        pytest.param("bfloat16", 0.1, 5, "interpreted", marks=pytest.mark.slow),
+    ],
 )
 def test_grouped_products_are_a_loop_over_experts(
     dtype: str, atol: float, piece: int, kernels: str, monkeypatch: pytest.MonkeyPatch
