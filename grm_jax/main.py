@@ -252,13 +252,14 @@ def _run_as_one_of_several(wanted: processes.Wanted, argv: Sequence[str]) -> int
         code = _run(argv)
         if code == 0:
             hosts.sync("done")  # a process that leaves early would have the others aborted
-    except jax.errors.JaxRuntimeError as error:
-        code = 2 if "RESOURCE_EXHAUSTED" in str(error) else processes.LOST
-        told = processes.too_large if code == 2 else processes.lost
-        print(f"error: {told(str(error))}", file=sys.stderr)
-    except Exception:  # whatever it is, it is shown whole, and the others must not wait for this process
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if (first := processes.cause_of(error, jax.errors.JaxRuntimeError)) is None:
+            traceback.print_exc()  # whatever it is, it is shown whole, and the others must not wait for this process
+            code = 1
+        else:
+            code = 2 if "RESOURCE_EXHAUSTED" in str(first) else processes.LOST
+            told = processes.too_large if code == 2 else processes.lost
+            print(f"error: {told(str(first))}", file=sys.stderr)
     if code not in (0, 130):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -118,6 +118,16 @@ def too_large(reason: str) -> str:
     return f"a device's memory is too small ({first}): the command plan says what a run takes, and what lowers it"
 
 
+def cause_of(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The first error of a kind among this one and what it was raised from; None where there is none.
+
+    A checkpoint that waits for a lost process ends with an error of its own, raised from the runtime's.
+    """
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
+
+
 def lost(reason: str) -> str:
     """What to say when another process, or a device, fails a run of several processes."""
     first = (reason.strip().splitlines() or ["no reason given"])[0][:300]

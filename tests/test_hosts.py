@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from grm_jax.data.jsonl import DataError
 from grm_jax.data.shares import shared_writer
 from grm_jax.datatypes import Example, Message
 from grm_jax.hosts import Share
-from grm_jax.processes import LOST, Wanted, managed, wanted
+from grm_jax.processes import LOST, Wanted, cause_of, managed, wanted
 
 TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
 CONFIG = """
@@ -200,6 +201,24 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path, alone)
 SLURM = {
     "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"
 }  # fmt: skip
+
+
+def test_an_error_is_told_by_what_it_was_raised_from():
+    """A checkpoint that waits for a lost process ends with a TimeoutError, raised from the runtime's."""
+    first = JaxRuntimeError("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE")
+    with pytest.raises(TimeoutError) as caught:
+        try:
+            raise first
+        except JaxRuntimeError as error:
+            raise TimeoutError("Timed out while waiting for async_write_complete barrier.") from error
+    assert cause_of(caught.value, JaxRuntimeError) is first
+    assert cause_of(first, JaxRuntimeError) is first
+    with pytest.raises(KeyError) as caught:
+        try:
+            raise first
+        except JaxRuntimeError:
+            raise KeyError("met on the way, not because of it")  # noqa: B904
+    assert cause_of(caught.value, JaxRuntimeError) is None
 
 
 def test_who_is_one_of_several():
