@@ -345,6 +345,13 @@ def test_objects_that_wait_stand_beside_the_object_until_they_are_in_it(tmp_path
     ahead.keep(b"d\n")
     ahead.close()
     assert ahead.read() == b"b\nc\nd\n"
+    later = output.Ahead(str(place))
+    later.begin({"b": b"b\n", "c": b"c\nd\n"})  # goes on: nothing is gone until it is written anew
+    assert later.read() == b"b\nc\nd\n"
+    later.begin({"b": b"b\n"})
+    assert later.read() == b"b\n"
+    later.keep(b"c\nd\n")
+    later.close()
     ahead.clear()
     assert written == [b"b\nc\nd\n"]
     assert not Path(f"{place}.ahead").exists()

@@ -113,10 +113,19 @@ class Ahead:
         return self._place.read_bytes() if self._place.exists() else b""
 
     def begin(self, rows: Mapping[str, bytes]) -> None:
-        """Hold these rows and nothing else."""
-        self._place.unlink(missing_ok=True)
-        for row in rows.values():
-            self.keep(row)
+        """Hold these rows and nothing else. What is there already is not gone for a moment."""
+        whole = b"".join(rows.values())
+        if not whole:
+            self._place.unlink(missing_ok=True)
+            return
+        self._held = True
+        local = isinstance(self._place, Path)
+        self._rows = [] if local else [whole]
+        if whole != self.read():
+            written = path_of(f"{self._name}.new") if local else self._place  # objects are atomic anyway
+            written.write_bytes(whole)
+            if local:
+                written.replace(self._place)
 
     def keep(self, row: bytes) -> None:
         self._held = True
