@@ -10,6 +10,12 @@ def power_of_two(n: int, least: int) -> int:
     return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
 
 
+def half_octave(n: int, least: int) -> int:
+    """The bucket of n where a wide one costs more than the compilation of more sizes: from `least` on, 2^i and 3 * 2^i."""
+    whole = power_of_two(n, least)
+    return whole if whole <= least or n > whole * 3 // 4 else whole * 3 // 4
+
+
 def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The tokens that all prompts start with, short of each one's last token, which is always fed."""
     first, last = min(prompts), max(prompts)  # in lexicographic order all others lie between them

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from grm_jax.models import kernels
@@ -166,6 +167,8 @@ class Decoder(nnx.Module):
         config, shape = self.config, tokens.shape
         columns = partial(batch_columns, self.mesh, shape[0])
         x = columns(self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale)
+        if _platform(self.mesh) == "cpu":  # or it stays transposed in memory to the last layer, and bfloat16
+            x = with_layout_constraint(x, Layout((0, 1)))  # products with such a side are done in float32
         owners = [Owner.ALL if part.positions.ndim == 1 else Owner.ROW for part in cache.parts]
         owners.append(Owner.ROW if cache.own is None else Owner.QUERY)
         new_positions = positions
@@ -222,7 +225,8 @@ class Decoder(nnx.Module):
             for piece, masks in zip(call.spans, call.seen[window], strict=True):
                 pairs = [*read, (k, v) if own is not None else (k[:, :, : piece.stop], v[:, :, : piece.stop])]
                 parts = [(o, *kv, mask) for o, kv, mask in zip(call.owners, pairs, masks, strict=True)]
-                mixed.append(attend(q[:, piece], parts, self.config.attention_softcap))
+                few = own is not None and _platform(self.mesh) == "cpu"
+                mixed.append(attend(q[:, piece], parts, self.config.attention_softcap, few))
             mix = jnp.concatenate(mixed, axis=1)
         mix = form.mixed(mix.reshape(-1, *mix.shape[2:]))
         return *block.add_mlp(block.add_attention(x, mix), call.positions), new
@@ -303,7 +307,7 @@ class Decoder(nnx.Module):
 def _write(store: jax.Array, new: jax.Array, clock: jax.Array | int) -> jax.Array:
     """Each query's new key [R, K, H] into slot `clock` of its suffix [R, K, S, H]; positions [R] into [R, S]."""
     axis = store.ndim - 2 if store.ndim == 4 else 1
-    return jax.lax.dynamic_update_slice_in_dim(store, jnp.expand_dims(new, axis), clock, axis)
+    return jax.lax.dynamic_update_slice_in_dim(store, jnp.expand_dims(new.astype(store.dtype), axis), clock, axis)
 
 
 def _platform(mesh: jax.sharding.Mesh | None) -> str:

@@ -6,8 +6,8 @@
    freed row, or, when a group has no sample left, the next prompt in the freed group.
 4. A row that ended without scores, where scores are to be forced, goes on: it writes the tail that opens the box and then
    draws under the automaton's mask.
-5. The prompt cache's width follows the longest prompt in the batch, the ring of own tokens the longest row, both by
-   powers of two: short ones do not pay for the longest possible one.
+5. A prompt is prefilled at a width a little above its own length. The prompt cache's width follows the longest prompt in
+   the batch, the ring of own tokens the longest row, both by powers of two: short ones do not pay for the longest.
 
 A sample depends on (key, item, sample index) and its prompt alone: not on the batch, its neighbours or the devices.
 On a mesh that spans processes each of them runs this loop, on the same requests, and all take the same steps.
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import scores
+from grm_jax.buckets import half_octave
 from grm_jax.expected import NumberTable
 from grm_jax.models.attention import Keys
 from grm_jax.models.decoder import Model
@@ -33,6 +34,7 @@ from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_l
 from grm_jax.sharding import fetch, place, replicated, rows_of, spread
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
+_EXACT = 256  # tokens from which on a prompt is worth a width of its own between two powers of two
 _LEAST_RING = 128  # slots of the smallest ring
 _HEAD_STEP = 64  # tokens; what is left of a shared head is prefilled with each prompt
 
@@ -124,7 +126,8 @@ class _Batch:
         for start in range(0, len(requests), data):
             block = requests[start : start + data]
             rests = [request.prompt[len(self.head_tokens) : -1] for _, request in block]
-            width = power_of_two(max(map(len, rests)), _LEAST_BUCKET)
+            longest = max(map(len, rests))
+            width = power_of_two(longest, _LEAST_BUCKET) if longest <= _EXACT else half_octave(longest, _EXACT)
             for group, request in block:
                 self.request[group], self.pending[group] = request, list(request.samples)
             self._fit_prompts()

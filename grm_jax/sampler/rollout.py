@@ -93,7 +93,12 @@ def row_keys(key: Key[Array, ""], items: Int[Array, "R"], samples: Int[Array, "R
 
 
 def empty(config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype, lead: tuple[int, ...], slots: int) -> Keys:
-    """A part that holds nothing, [*lead, K, slots, H] a layer, its first axis split over the mesh's data."""
+    """A part that holds nothing, [*lead, K, slots, H] a layer, its first axis split over the mesh's data.
+
+    dtype: of the weights. On a CPU keys are held in float32 whatever it is: XLA writes a bfloat16 array there by
+    converting all of it, there and back.
+    """
+    dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else dtype
     shapes = [(*lead, heads, slots, numbers) for heads, numbers in config.stored]
     places = [cache_sharding(mesh, heads) for heads, _ in config.stored]
     stored = [
