@@ -89,7 +89,8 @@ class Verdict:
 
     `scores[i]` sums response i's score (or value) over the valid judgments, and with a meta RM over those that it kept;
     `best` is the index of the highest sum (the first of them when `tie`). `votes` is k, `valid` how many judgments had
-    scores: when it is 0 the verdict is a tie of all.
+    scores: when it is 0 the verdict is a tie of all. `greedy`: judgments at temperature 0 that were asked for beside them
+    and have no vote; their tokens and time are in `usage`.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Verdict:
     valid: int
     judgments: tuple[Judgment, ...]
     usage: Usage
+    greedy: tuple[Judgment, ...] = ()
 
 
 def stable_hash(text: str) -> int:

@@ -1,6 +1,6 @@
-"""The judge: examples in, verdicts out. The only place that knows the order in which responses were shown.
+"""The judge: examples in, verdicts out.
 
-What `judge` does:
+What `judge` does, with `judging`:
 1. each of an example's k samples gets an order of the responses, by a seed; equal orders are one distinct prompt;
 2. the prompts are cut to fit, rendered and tokenised; those of one template share its head, prefilled once;
 3. the sampler draws the samples, forcing scores where a text holds none and the caller wants them;
@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, partial
 from typing import Protocol
 
@@ -27,22 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grm_jax import expected, neutral, prompts, reading, stopping
+from grm_jax import prompts
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
-from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict, stable_hash
-from grm_jax.dealing import by_length, orders
+from grm_jax.datatypes import Example, Judgment, Verdict
+from grm_jax.judging import Judged, in_rounds
 from grm_jax.models.decoder import Model, bind
-from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, generate, sample
+from grm_jax.sampler import Sampling, generate
 from grm_jax.sharding import DECODING, Rules
 from grm_jax.verdicts import verdict
 from grm_jax.weights.adapters import is_adapter_folder, load_adapters, merge_into
 from grm_jax.weights.decoder import load_decoder
 from grm_jax.weights.embedded import EMBEDDED
 
-_PEEK = 16  # examples whose prompts tell how long the shared head is
 _GUIDED = 16  # examples whose judgments a meta RM reads together
-_AHEAD = 4  # batches of prompts that are sorted by length together; verdicts come that much out of order
 _WINDOW = 256  # examples taken together where a file needs several templates
 
 
@@ -61,18 +57,6 @@ class Generated:
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     ended: bool  # by an end id, not by the budget
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """An example being judged: its prompts by order, and what its samples have brought so far."""
-
-    example: Example
-    orders: list[tuple[int, ...]]  # a sample
-    requests: list[Request]
-    cut_tokens: int
-    done: dict[int, Judgment] = dataclasses.field(default_factory=dict)
-    started: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +85,19 @@ class Grm:
         self, examples: Sequence[Example], settings: JudgeSettings,
         template_of: Callable[[Example], prompts.Template] | None = None,
         hint_of: Callable[[Example], prompts.Hint] | None = None,
-        meta_rm: Guide | None = None,
+        meta_rm: Guide | None = None, greedy: int = 0,
     ) -> Iterator[Verdict]:  # fmt: skip
         """Verdicts as they come to be, in no order. The samples keep one batch full across examples.
 
         template_of: what shows an example; by default `template` of its number of responses. hint_of: the truth that is
-        told at the end of an example's prompt (hinted sampling, section 3.1). meta_rm: as in `score`. Raises ValueError:
-        ids that occur twice, a hint or example that the template has no place for, a prompt that cannot be cut to fit,
-        settings that the vote cannot have together.
+        told at the end of an example's prompt (hinted sampling, section 3.1). meta_rm: as in `score`. greedy: how many
+        judgments at temperature 0 each verdict has beside those that are voted, in the orders of the first ones. Raises
+        ValueError: ids that occur twice, a hint or example that the template has no place for, a prompt that cannot be
+        cut to fit, settings that the vote cannot have together, more greedy judgments than votes.
         """
         settings.check_vote(guided=meta_rm is not None)
+        if not 0 <= greedy <= settings.votes:
+            raise ValueError(f"greedy = {greedy}: it has to be 0 to votes = {settings.votes}, whose orders they take")
         seen: set[str] = set()
         for example in examples:
             if example.id in seen:
@@ -129,8 +116,8 @@ class Grm:
                 among = len(example.responses) if template.kind == "choice" else 0  # what its box may hold
                 alike.setdefault((template, among), []).append(example)
             for (template, _), group in alike.items():
-                found = _in_rounds(self, template, group, settings, hint_of)
-                yield from _guided(found, meta_rm, settings.k_meta) if meta_rm else itertools.starmap(verdict, found)
+                found = in_rounds(self, template, group, settings, hint_of, greedy)
+                yield from _guided(found, meta_rm, settings.k_meta) if meta_rm else map(_voted, found)
 
     def template(self, n: int, settings: JudgeSettings) -> prompts.Template:
         """The template that shows n responses."""
@@ -185,194 +172,17 @@ def _forward(graph: object, params: dict[str, jax.Array], tokens: jax.Array, pos
     return model.logits(hidden)
 
 
-def _prompt_ids(tokenizer: tokenizers.Tokenizer, messages: tuple[Message, ...]) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(tokenizer.chat(messages)))
-
-
-def _hint_tokens(
-    tokenizer: tokenizers.Tokenizer, template: prompts.Template, example: Example, hint: prompts.Hint
-) -> int:
-    """Tokens that a hint adds to a prompt, counted on the example without its texts.
-
-    The best response is shown last, where its number has the most digits.
-    """
-    n = len(example.responses)
-    bare = Example(example.id, (Message("user", "?"),), ("?",) * n)
-    order = tuple(sorted(range(n), key=lambda i: i == hint.best))
-    told, untold = (len(_prompt_ids(tokenizer, prompts.render(bare, order, template, h))) for h in (hint, None))
-    return told - untold
-
-
-def _prepare(
-    grm: Grm, template: prompts.Template, example: Example, settings: JudgeSettings, forcing: Forcing | None,
-    hint: prompts.Hint | None, drawn: range,
-) -> _Task:  # fmt: skip
-    """Cut, render and tokenise an example's distinct prompts, for the samples of these numbers."""
-    tokenizer, n = grm.need_tokenizer(), len(example.responses)
-    numbers = reading.numbers_of(template, n)[0] if forcing else 0
-    room = settings.max_new_tokens + (forcing.budget(numbers) if forcing else 0)
-    if hint is not None:
-        room += _hint_tokens(tokenizer, template, example, hint)
-    shown, cut = prompts.fit(
-        example,
-        template,
-        grm.model.config.max_positions - room,
-        lambda messages: len(_prompt_ids(tokenizer, messages)),
-        tokenizer.specials,
-    )
-    dealt = orders(example.id, n, settings.votes, settings.seed)
-    ids_of = {
-        order: _prompt_ids(tokenizer, prompts.render(shown, order, template, hint, tokenizer.specials))
-        for order in {dealt[j] for j in drawn}
-    }
-    asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for j in drawn:  # equal responses make equal prompts of different orders
-        asked.setdefault(ids_of[dealt[j]], []).append((stable_hash(example.id), j))
-    return _Task(example, dealt, [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()], cut)
-
-
-def _in_rounds(
-    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
-    hint_of: Callable[[Example], prompts.Hint] | None,
-) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
-    """Judge examples that share a template: all samples at once, or in rounds until an example's winner is safe."""
-    if settings.stop_risk is None:
-        yield from _judge_with(grm, template, examples, settings, hint_of, range(settings.votes))
-        return
-    earlier: dict[str, tuple[list[Judgment], Usage]] = {}
-    for drawn in stopping.rounds(settings.votes):
-        waiting = []
-        for example, new, usage in _judge_with(grm, template, examples, settings, hint_of, drawn):
-            judgments, before = earlier.pop(example.id, ([], None))
-            judgments, usage = [*judgments, *new], usage.after(before)
-            found = [judgment.scores for judgment in judgments if judgment.scores is not None]
-            risk = stopping.change_risk(found, settings.votes - drawn.stop, template.low, template.high)
-            if risk <= settings.stop_risk:
-                yield example, judgments, usage
-            else:
-                earlier[example.id] = judgments, usage
-                waiting.append(example)
-        if not (examples := waiting):
-            return
-
-
-def _guided(
-    found: Iterator[tuple[Example, list[Judgment], Usage]], meta_rm: Guide, k_meta: int | None
-) -> Iterator[Verdict]:
+def _guided(found: Iterator[Judged], meta_rm: Guide, k_meta: int | None) -> Iterator[Verdict]:
     """Verdicts guided by the logits of each example's judgments, a few examples at once."""
     while share := list(itertools.islice(found, _GUIDED)):
-        of_example = meta_rm.logits_of([(example, judgments) for example, judgments, _ in share])
-        for (example, judgments, usage), logits in zip(share, of_example, strict=True):
-            yield verdict(example, judgments, usage, logits, k_meta)
+        of_example = meta_rm.logits_of([(of.example, of.judgments) for of in share])
+        for of, logits in zip(share, of_example, strict=True):
+            yield _voted(of, logits, k_meta)
 
 
-def _judge_with(
-    grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings,
-    hint_of: Callable[[Example], prompts.Hint] | None, drawn: range,
-) -> Iterator[tuple[Example, list[Judgment], Usage]]:  # fmt: skip
-    """Judge examples that share a template: each with its samples of these numbers, when all of them are in."""
-    tokenizer = grm.need_tokenizer()
-    forcing, table = _forcing(grm, template, examples, settings), None
-    if settings.expected_scores and template.kind != "text":
-        _, low, high = reading.numbers_of(template, len(examples[0].responses))
-        table = expected.number_table(grm.token_bytes, low, high)
-    plan = _plan(examples, settings, len(drawn))
-    near = by_length(examples, _AHEAD * plan.groups)
-    hints = (hint_of(example) if hint_of else None for example in near)
-    prepared = (_prepare(grm, template, e, settings, forcing, h, drawn) for e, h in zip(near, hints, strict=True))
-    peeked = list(itertools.islice(prepared, _PEEK))
-    head = common_prefix([request.prompt for task in peeked for request in task.requests])
-    task_of: dict[int, _Task] = {}
-
-    def requests() -> Iterable[Request]:
-        for task in itertools.chain(peeked, prepared):
-            for request in task.requests:
-                task_of[id(request)] = task
-                yield request
-
-    key = jax.random.key(settings.seed, impl="threefry2x32")
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, tokenizer.eos_ids)
-    for completion in sample(grm.model, requests(), key, plan, sampling, head, forcing, table):
-        task = task_of[id(completion.request)]
-        task.started.append(time.monotonic() - completion.seconds)
-        judgment = _judgment(tokenizer, template, task, completion)
-        if table is not None and judgment.scores is not None:
-            judgment = dataclasses.replace(judgment, values=_values(grm, template, table, judgment, completion))
-        task.done[completion.sample] = judgment
-        if len(task.done) == len(drawn):
-            for request in task.requests:
-                del task_of[id(request)]
-            yield task.example, [task.done[j] for j in drawn], _usage(task)
-
-
-def _forcing(grm: Grm, template: prompts.Template, examples: list[Example], settings: JudgeSettings) -> Forcing | None:
-    """How scores are forced, where they are to be and the template has any."""
-    if not settings.force_scores or template.kind == "text":
-        return None
-    tokenizer, most = grm.need_tokenizer(), max(len(example.responses) for example in examples)
-    among = (
-        most if template.kind == "choice" else None
-    )  # all examples have as many responses then, and the box one number
-    return Forcing(
-        reading.force_table(template, grm.token_bytes, most),
-        tuple(tokenizer.encode_plain(reading.tail_of(template))),
-        lambda ids, n: reading.parse(template, tokenizer.decode(ids), among or n)[0] is not None,
-    )
-
-
-def _values(
-    grm: Grm, template: prompts.Template, table: expected.NumberTable, judgment: Judgment, completion: Completion
-) -> tuple[float, ...]:
-    """Expected scores in the example's own order; of a choice, its probability for the response chosen, 0 for others."""
-    count, _, _ = reading.numbers_of(template, len(judgment.order))
-    tokens = [grm.token_bytes[id] for id in completion.tokens]
-    found, shares = expected.means(table, tokens, completion.masses, count)
-    if template.kind == "choice":
-        return tuple(shares[0] * score for score in judgment.scores)
-    return tuple(found[judgment.order.index(i)] for i in range(len(judgment.order)))
-
-
-def _plan(examples: list[Example], settings: JudgeSettings, votes: int) -> Plan:
-    """As many rows a group as half the samples of an average distinct prompt, and as many groups as the slots allow.
-
-    Half: a freed row then takes its prompt's next sample, so few rows idle until the slowest of their group is done.
-    Where there are too few prompts to fill the slots so, a group has a row for each sample.
-    """
-    distinct = sum(min(votes, math.factorial(min(len(example.responses), 20))) for example in examples)
-    average = votes * len(examples) / distinct
-    half = math.ceil(average / 2)
-    group = min(settings.slots, half if half * distinct >= settings.slots else math.ceil(average))
-    return Plan(max(1, min(settings.slots // group, distinct)), group, settings.max_new_tokens)
-
-
-def _judgment(
-    tokenizer: tokenizers.Tokenizer, template: prompts.Template, task: _Task, completion: Completion
-) -> Judgment:
-    """A completion read: its scores, put back into the example's own order, or the reason why there are none."""
-    order = task.orders[completion.sample]
-    text = tokenizer.decode(completion.tokens)
-    shown, reason = reading.parse(template, text, len(order))
-    own = None
-    if shown is not None:
-        own = tuple(shown[order.index(i)] for i in range(len(order)))
-    return Judgment(
-        text=neutral.restore(text),
-        scores=own,
-        reason=reason,
-        order=order,
-        forced=completion.forced_from is not None,
-        tokens=len(completion.tokens),
-        log_prob=float(sum(completion.log_probs)),
-    )
-
-
-def _usage(task: _Task) -> Usage:
-    return Usage(
-        prompt_tokens=sum(len(request.prompt) for request in task.requests),
-        completion_tokens=sum(judgment.tokens for judgment in task.done.values()),
-        seconds=time.monotonic() - min(task.started),
-        cut_tokens=task.cut_tokens,
-    )
+def _voted(found: Judged, logits: Sequence[float] | None = None, k_meta: int | None = None) -> Verdict:
+    voted = verdict(found.example, found.judgments, found.usage, logits, k_meta)
+    return dataclasses.replace(voted, greedy=tuple(found.greedy))
 
 
 def load(

@@ -14,7 +14,7 @@ from grm_jax.buckets import power_of_two
 from grm_jax.data import batches
 from grm_jax.data.batches import LEAST_TOKENS, PromptBatches, head_of, stream
 from grm_jax.datatypes import Example, Message, stable_hash
-from grm_jax.grm import _prompt_ids
+from grm_jax.judging import prompt_ids
 from grm_jax.prompts import load_template
 from grm_jax.tokenizer import ByteTokenizer, Tokenizer
 from grm_jax.vocab import ByteVocab
@@ -80,7 +80,7 @@ def test_prompts_and_labels_are_those_of_the_order_shown(short):
             assert (batch.head.size > 0) == (head or shown.template == "single_binary")
             for p, (item, order) in enumerate(zip(shown.items, shown.orders, strict=True)):
                 template = by_n(many)(item)
-                rendered = _prompt_ids(TOKENIZER, prompts.render(item, order, template, controls=TOKENIZER.specials))
+                rendered = prompt_ids(TOKENIZER, prompts.render(item, order, template, controls=TOKENIZER.specials))
                 assert (*batch.head, *batch.tokens[p, : batch.lengths[p]]) == rendered
                 assert not batch.tokens[p, batch.lengths[p] :].any()
                 n = len(item.responses)
@@ -167,9 +167,9 @@ def test_long_prompts_are_cut_as_the_judge_cuts_them(short):
     assert (len(batch.head) + batch.lengths).max() <= 1200
     for p, (item, order, cut) in enumerate(zip(shown.items, shown.orders, shown.cut, strict=True)):
         assert item in items  # uncut
-        count = functools.partial(lambda messages: len(_prompt_ids(TOKENIZER, messages)))
+        count = functools.partial(lambda messages: len(prompt_ids(TOKENIZER, messages)))
         fitted, removed = prompts.fit(item, short, 1200, count, TOKENIZER.specials)
-        rendered = _prompt_ids(TOKENIZER, prompts.render(fitted, order, short, controls=TOKENIZER.specials))
+        rendered = prompt_ids(TOKENIZER, prompts.render(fitted, order, short, controls=TOKENIZER.specials))
         assert (*batch.head, *batch.tokens[p, : batch.lengths[p]]) == rendered
         assert removed == cut
     with pytest.raises(ValueError, match=r"prompt of 'i\d' has .* the limit is 200"):

@@ -57,6 +57,20 @@ def test_greedy_takes_the_first_maximum_and_its_log_probability():
     np.testing.assert_allclose(log_probs[0], jax.nn.log_softmax(logits)[0, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.5, top_k=40), Sampling(temperature=0)])
+def test_greedy_rows_beside_others(sampling):
+    """Marked rows are as if all were greedy, the others as if none were; what is masked stays so."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 600)), jnp.float32)
+    allowed, marked = jnp.arange(600) % 3 > 0, jnp.arange(64) % 2 == 0
+    allowed = jnp.broadcast_to(allowed, logits.shape)
+    tokens, log_probs = draw(logits, keys(64), sampling, allowed, marked)
+    greedy, drawn = (draw(logits, keys(64), s, allowed) for s in (Sampling(temperature=0), sampling))
+    assert (tokens[::2] == jnp.argmax(jnp.where(allowed, logits, -jnp.inf), -1)[::2]).all()
+    for found, one, other in zip((tokens, log_probs), greedy, drawn, strict=True):
+        np.testing.assert_allclose(found, jnp.where(marked, one, other), rtol=1e-6)
+    assert sampling.temperature == 0 or (tokens != greedy[0]).any()
+
+
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [

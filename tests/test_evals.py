@@ -236,6 +236,14 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
         found = json.loads((tmp_path / "out/report.json").read_text())
         assert found | {"seconds_of_verdict": report["seconds_of_verdict"]} == report
 
+    greedy = tmp_path / "out/greedy.jsonl"
+    beside = [dataclasses.replace(row, seconds=None) for row in read_samples(str(greedy))]
+    assert len(beside) == 5 * 2  # both orders
+    greedy.write_bytes(b"".join(greedy.read_bytes().splitlines(keepends=True)[:3]))
+    assert evaluate(folder, tmp_path / "out", "--force-scores") == 0  # what is missing is drawn by itself
+    assert [dataclasses.replace(row, seconds=None) for row in read_samples(str(greedy))] == beside
+    assert json.loads((tmp_path / "out/report.json").read_text())["greedy"] == report["greedy"]
+
     assert main(["eval", "--from", str(rows), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "out/report.json").read_bytes()
     assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2

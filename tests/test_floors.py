@@ -32,6 +32,7 @@ FLOORS = (
     },
     {"data", "models", "reading", "verdicts"},
     {"checkpoint", "metrics", "sampler", "train", "weights"},
+    {"judging"},
     {"grm", "scalar_rm", "steps"},
     {"meta_rm"},
     {"baselines"},
@@ -107,10 +108,10 @@ def test_every_unit_of_the_table_exists() -> None:
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
-        ({"log": "from grm_jax import grm", "grm": ""}, "log (floor 0) imports grm (floor 4)"),
+        ({"log": "from grm_jax import grm", "grm": ""}, "log (floor 0) imports grm (floor 5)"),
         ({"voting": "def f():\n    import grm_jax.scores", "scores": ""}, "voting (floor 1) imports scores (floor 1)"),
         ({"data.jsonl": "from grm_jax.models.config import X", "models.config": ""}, "imports models.config (floor 2)"),
-        ({"grm": "from grm_jax import load", "__init__": ""}, "grm (floor 4) imports __init__ (floor 7)"),
+        ({"grm": "from grm_jax import load", "__init__": ""}, "grm (floor 5) imports __init__ (floor 8)"),
         ({"helpers": ""}, "helpers is on no floor: add it to FLOORS"),
         ({"data.a": "import grm_jax.data.b", "data.b": "from grm_jax.data.a import X"}, "imports go round"),
     ],

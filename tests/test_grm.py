@@ -12,8 +12,9 @@ from tiny import LLAMA, tiny_model
 import grm_jax
 from grm_jax import Example, Judgment, Message, Usage
 from grm_jax.config import JudgeSettings
-from grm_jax.dealing import by_length
-from grm_jax.grm import Grm, _plan, orders
+from grm_jax.dealing import by_length, orders
+from grm_jax.grm import Grm
+from grm_jax.judging import plan_of
 from grm_jax.sampler import Completion
 from grm_jax.tokenizer import ByteTokenizer
 from grm_jax.verdicts import verdict
@@ -53,7 +54,7 @@ def scripted(rate, seen=None):
 
 
 def test_a_judge_of_text_gives_each_response_its_score_whatever_the_order(grm, monkeypatch):
-    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [min(len(text), 10) for text in shown]))
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [min(len(text), 10) for text in shown]))
     for responses in itertools.permutations(("a", "four", "sevenss")):
         (found,) = grm.score([example(*responses, id="-".join(responses))], votes=7)
         assert found.scores == tuple(7.0 * len(text) for text in responses)
@@ -62,7 +63,7 @@ def test_a_judge_of_text_gives_each_response_its_score_whatever_the_order(grm, m
 
 
 def test_a_judge_of_position_ends_in_a_tie(grm, monkeypatch):
-    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [10] + [1] * (len(shown) - 1)))
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [10] + [1] * (len(shown) - 1)))
     pair, triple = grm.score([example("x", "y"), example("x", "y", "z", id="b")], votes=6)
     assert pair.tie
     assert triple.tie
@@ -73,15 +74,38 @@ def test_a_judge_of_position_ends_in_a_tie(grm, monkeypatch):
 @pytest.mark.parametrize(("n", "votes", "prompts"), [(1, 8, 1), (2, 1, 1), (2, 8, 2), (3, 4, 4), (3, 32, 6), (4, 9, 9)])
 def test_k_samples_need_no_more_prompts_than_orders(grm, monkeypatch, n, votes, prompts):
     requests = []
-    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [5] * len(shown), requests))
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [5] * len(shown), requests))
     grm.score([example(*"abcd"[:n])], votes=votes)
     assert len(requests) == len({request.prompt for request in requests}) == prompts
     assert sorted(j for request in requests for _, j in request.samples) == list(range(votes))
 
 
+def test_greedy_judgments_beside_the_others(grm):
+    """The votes are as without them, and they as a run of their own at temperature 0 gives them, from the same prompts."""
+    examples = [example("x", "yy", id=str(i)) for i in range(3)]
+    shape = {"max_new_tokens": 6, "force_scores": True, "slots": 4}
+
+    def judged(votes, greedy=0, **more):
+        found = grm.judge(examples, JudgeSettings(votes=votes, **shape, **more), greedy=greedy)
+        return {verdict.id: verdict for verdict in found}
+
+    def told(judgments):
+        return [dataclasses.replace(judgment, log_prob=0.0) for judgment in judgments]
+
+    both, votes, alone = judged(4, greedy=2), judged(4), judged(2, temperature=0.0)
+    for id, found in both.items():
+        assert told(found.judgments) == told(votes[id].judgments)
+        assert told(found.greedy) == told(alone[id].judgments)
+        assert (found.scores, found.votes, found.valid) == (votes[id].scores, 4, 4)
+        assert found.usage.prompt_tokens == votes[id].usage.prompt_tokens
+        assert votes[id].greedy == ()
+    with pytest.raises(ValueError, match=r"greedy = 5: it has to be 0 to votes = 4, whose orders they take"):
+        judged(4, greedy=5)
+
+
 def test_equal_responses_make_one_prompt(grm, monkeypatch):
     requests = []
-    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [5] * len(shown), requests))
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [5] * len(shown), requests))
     grm.score([example("same", "same")], votes=4)
     assert len(requests) == 1
 
@@ -97,7 +121,7 @@ def test_equal_responses_make_one_prompt(grm, monkeypatch):
     ],
 )
 def test_the_batch_fits_what_is_asked(examples, n, votes, slots, groups, group):
-    plan = _plan([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(slots=slots), votes)
+    plan = plan_of([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(slots=slots), votes)
     assert (plan.groups, plan.group) == (groups, group)
 
 
@@ -169,7 +193,7 @@ def test_an_adaptive_vote_is_the_first_judgments_of_the_whole_one(grm):
 
 def test_without_risk_only_what_cannot_change_stops(grm, monkeypatch):
     """Ahead by 9 a judgment: after 4 of 7 the other 3 make up 27 of 36, after 4 of 8 the other 4 all 36, after 6 not."""
-    monkeypatch.setattr("grm_jax.grm.sample", scripted(lambda shown: [min(len(text), 10) for text in shown]))
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [min(len(text), 10) for text in shown]))
     for votes, drawn in ((7, 4), (8, 6)):
         (found,) = grm.score([example("a", "ten letter")], votes=votes, stop_risk=0.0)
         assert (found.votes, found.scores) == (drawn, (drawn, 10.0 * drawn))

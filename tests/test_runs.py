@@ -23,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import grm_jax
-from grm_jax import grm as judges
+from grm_jax import judging as judges
 from grm_jax import prompts
 from grm_jax.checkpoint import Saver
 from grm_jax.data import items as labelled

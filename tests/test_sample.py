@@ -15,10 +15,11 @@ from rich.console import Console
 from tiny import LLAMA, tiny_model
 
 from grm_jax import Example, Message, prompts
-from grm_jax import grm as judges
+from grm_jax import judging as judges
 from grm_jax.config import JudgeSettings
 from grm_jax.data.jsonl import DataError
-from grm_jax.grm import Grm, orders
+from grm_jax.dealing import orders
+from grm_jax.grm import Grm
 from grm_jax.hosts import Share
 from grm_jax.main import main
 from grm_jax.recipes import Items, SampleConfig

@@ -174,6 +174,17 @@ def test_greedy_takes_the_likeliest_token_whatever_the_key():
     assert_drawn(one, model, 12, greedy)
 
 
+def test_greedy_samples_beside_others_change_nothing_of_them():
+    model, prompts = tiny_model(), prompts_of(20, 30)
+    mixed = Sampling(temperature=0.8, greedy_from=2)
+    requests = [ask(prompt, i, 0, 1, 2) for i, prompt in enumerate(prompts)]
+    found = list(sample(model, requests, KEY, Plan(2, 2, 12), mixed))
+    assert len(found) == 6
+    for completion in found:
+        alone = Sampling(temperature=0.0 if completion.sample == 2 else 0.8)
+        assert_drawn(completion, model, 12, alone)
+
+
 def test_log_probs_are_those_of_the_distribution_drawn_from():
     model, (prompt,), sampling = tiny_model(sharpness=3.0), prompts_of(15), Sampling(temperature=0.7)
     ((found,),) = generate(model, [prompt], 1, KEY, max_new_tokens=10, sampling=sampling)

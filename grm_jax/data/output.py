@@ -30,13 +30,14 @@ OBJECT_SECONDS = 30.0  # between two writes of an object in a bucket
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as one row of output: its fields, but what a judgment need not have only where it has it."""
+    """A verdict as one row of output: its fields but greedy judgments; what a judgment need not have where it has it."""
     row = asdict(verdict)
     row["scores"] = [int(score) if score == int(score) else score for score in verdict.scores]
     for judgment in row["judgments"]:
         judgment["log_prob"] = round(judgment["log_prob"], 5)
         for name in [name for name in ("reason", "logit", "kept", "values") if judgment[name] is None]:
             del judgment[name]
+    del row["greedy"]
     row["usage"]["seconds"] = round(verdict.usage.seconds, 3)
     if not verdict.usage.cut_tokens:
         del row["usage"]["cut_tokens"]

@@ -32,14 +32,20 @@ class Judge:
     model: Grm | BradleyTerry | PairRm | Cloud
     guide: Guide | None = None
 
+    @property
+    def draws_greedy_beside(self) -> bool:
+        """Whether `verdicts` can have greedy judgments beside the others; a baseline's are a run of their own."""
+        return isinstance(self.model, Grm)
+
     def verdicts(
-        self, examples: Sequence[Example], settings: JudgeSettings, templates: Mapping[int, str]
+        self, examples: Sequence[Example], settings: JudgeSettings, templates: Mapping[int, str], greedy: int = 0
     ) -> Iterator[Verdict]:
         """As the model's `judge`. templates: the name for each number of responses; a baseline has its own."""
         if not isinstance(self.model, Grm):
             return self.model.judge(examples, settings)
         template = functools.cache(prompts.load_template)
-        return self.model.judge(examples, settings, lambda e: template(templates[len(e.responses)]), meta_rm=self.guide)
+        by_n = lambda example: template(templates[len(example.responses)])  # noqa: E731
+        return self.model.judge(examples, settings, by_n, meta_rm=self.guide, greedy=greedy)
 
     def digest(self) -> str:
         """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""

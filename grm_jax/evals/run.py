@@ -2,7 +2,8 @@
 
 1. The official files are read, the cases held against their templates and the output opened, before a model is loaded.
 2. Every case is judged k times, each judgment a row of `judgments.jsonl` (the format of `sample`); an interrupted run goes
-   on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`. A baseline's rows hold rewards.
+   on there. With `greedy`, once more at temperature 0, into `greedy.jsonl`: in the same batches, so that a prompt is
+   prefilled once for both; by themselves where only these are missing. A baseline's rows hold rewards.
 3. `report.json`, `report.md` and `report.html` are made from those rows alone, so `--from judgments.jsonl` makes them anew;
    with `drop_forced`, as they would be had no scores been forced.
 
@@ -11,6 +12,7 @@ Process i of c judges cases[i::c] into a part of its own; process 0 reports.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,8 +28,9 @@ from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
 from grm_jax.data.benchmarks import KINDS, Benchmark, Case
 from grm_jax.data.jsonl import DataError
+from grm_jax.data.output import VerdictWriter
 from grm_jax.data.shares import shared_writer
-from grm_jax.datatypes import Example
+from grm_jax.datatypes import Example, Verdict
 from grm_jax.evals import judge as judges
 from grm_jax.evals import measure, page, report, table
 from grm_jax.evals.judge import Judge
@@ -56,10 +59,8 @@ def run(config: EvalConfig) -> None:
             check_model(model)
     opened = functools.cache(lambda: judges.open_judge(config))
     settings = judges.settings_of(config)
-    rows = judged(config, benchmark, settings, JUDGMENTS, templates, opened)
-    once = []
-    if alone := judges.once(config, settings, benchmark):
-        once = judged(config, benchmark, alone, GREEDY, templates, lambda: Judge(opened().model))
+    alone = judges.once(config, settings, benchmark)
+    rows, once = judged(config, benchmark, settings, alone, templates, opened)
     if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol_of(config.output))
 
@@ -97,61 +98,83 @@ def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
     return dataclasses.replace(benchmark, cases=[case for case in benchmark.cases if case.group in kept])
 
 
-def judged(
-    config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, file: str, templates: Mapping[int, str],
-    opened: Callable[[], Judge],
-) -> list[Sample]:  # fmt: skip
-    """The rows of all cases under these settings; those that are not in the file yet are judged into it."""
-    share = hosts.share(lockstep=spans_processes(lay_out(config.mesh, config.devices)))
-    path = f"{config.output}/{file}"
-    mine = benchmark.cases[share.index :: share.count]
-    known = _record(config, benchmark, settings, templates)
-    with shared_writer(
-        share,
-        path,
-        [_named(case) for case in mine],
-        known,
-        config.overwrite,
-        each=settings.votes,
-    ) as writer:
-        waiting = {case.example.id: case for case in mine if case.example.id not in writer.finished}
-        if writer.finished:
-            logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
-        if waiting:
-            judge = opened()
-            if file == JUDGMENTS:
-                digest = judge.digest()
-                if hosts.is_first():
-                    _write(f"{config.output}/protocol.json", known | {"weights": digest})
-            _judge(judge, waiting, settings, templates, writer.write)
-    hosts.sync(path)  # process 0 reads the parts of all
-    return read_samples(path)
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """A file of rows, how they are judged, and the cases that it lacks."""
 
+    path: str
+    settings: JudgeSettings
+    writer: VerdictWriter
+    lacks: dict[str, Case]
 
-def _judge(
-    judge: Judge, waiting: Mapping[str, Case], settings: JudgeSettings, templates: Mapping[int, str],
-    write: Callable[..., None],
-) -> None:  # fmt: skip
-    started = said = before = time.monotonic()
-    tokens = 0
-    examples = [case.example for case in waiting.values()]
-    verdicts = map(judges.judgments_of, judge.verdicts(examples, settings, templates))
-    for done, verdict in enumerate(verdicts, 1):
-        case = waiting[verdict.id]
-        samples = samples_of(
-            _named(case), verdict, templates[len(case.example.responses)], settings.max_new_tokens, hinted=False
-        )
-        now = time.monotonic()
-        seconds, before = round((now - before) / len(samples), 6), now
+    def write(self, case: Case, verdict: Verdict, templates: Mapping[int, str], seconds: float) -> None:
+        """The judgments of a case that the file lacks, each a row."""
+        template, budget = templates[len(case.example.responses)], self.settings.max_new_tokens
+        samples = samples_of(_named(case), verdict, template, budget, hinted=False)
         rows = [
             row_of(dataclasses.replace(sample, forced=judgment.forced or None, group=case.group, seconds=seconds))
             for sample, judgment in zip(samples, verdict.judgments, strict=True)
         ]
-        write(verdict, rows)
-        tokens += verdict.usage.completion_tokens
-        if now - said >= _LOG_SECONDS or done == len(waiting):
+        self.writer.write(verdict, rows)
+        del self.lacks[case.example.id]
+
+
+def judged(
+    config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, alone: JudgeSettings | None,
+    templates: Mapping[int, str], opened: Callable[[], Judge],
+) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
+    """The rows of all cases under these settings, and the greedy ones; those that no file has yet are judged into it."""
+    share = hosts.share(lockstep=spans_processes(lay_out(config.mesh, config.devices)))
+    mine = benchmark.cases[share.index :: share.count]
+    named = [_named(case) for case in mine]
+    with contextlib.ExitStack() as stack:
+
+        def output(file: str, settings: JudgeSettings) -> _Output:
+            path = f"{config.output}/{file}"
+            known = _record(config, benchmark, settings, templates)
+            writer = stack.enter_context(
+                shared_writer(share, path, named, known, config.overwrite, each=settings.votes)
+            )
+            if writer.finished:
+                logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
+            lacks = {case.example.id: case for case in mine if case.example.id not in writer.finished}
+            return _Output(path, settings, writer, lacks)
+
+        main = output(JUDGMENTS, settings)
+        greedy = output(GREEDY, alone) if alone else None
+        if main.lacks:
+            digest = opened().digest()
+            if hosts.is_first():
+                known = _record(config, benchmark, settings, templates)
+                _write(f"{config.output}/protocol.json", known | {"weights": digest})
+            together = greedy and opened().draws_greedy_beside and alone.votes <= settings.votes
+            _judge(opened(), main, greedy if together else None, templates)
+        if greedy and greedy.lacks:
+            _judge(Judge(opened().model), greedy, None, templates)
+    files = [main, greedy] if greedy else [main]
+    for file in files:
+        hosts.sync(file.path)  # process 0 reads the parts of all
+    return read_samples(main.path), read_samples(greedy.path) if greedy else []
+
+
+def _judge(judge: Judge, output: _Output, greedy: _Output | None, templates: Mapping[int, str]) -> None:
+    """Judge the cases that an output lacks, and draw what the greedy one lacks of them beside."""
+    started = said = before = time.monotonic()
+    tokens, count = 0, len(output.lacks)
+    beside = greedy.settings.votes if greedy and greedy.lacks.keys() & output.lacks.keys() else 0
+    cases = dict(output.lacks)
+    verdicts = judge.verdicts([case.example for case in cases.values()], output.settings, templates, beside)
+    for done, found in enumerate(map(judges.judgments_of, verdicts), 1):
+        case = cases[found.id]
+        now = time.monotonic()
+        seconds, before = round((now - before) / (len(found.judgments) + beside), 6), now
+        if beside and found.id in greedy.lacks:
+            greedy.write(case, dataclasses.replace(found, judgments=found.greedy), templates, seconds)
+        output.write(case, found, templates, seconds)
+        tokens += found.usage.completion_tokens
+        if now - said >= _LOG_SECONDS or done == count:
             said = now
-            logger.info("%d of %d cases, %.0f tokens/s", done, len(waiting), tokens / (now - started))
+            logger.info("%d of %d cases, %.0f tokens/s", done, count, tokens / (now - started))
 
 
 def _named(case: Case) -> Example:

@@ -30,6 +30,7 @@ class Sampling:
     top_p: float = 1.0  # keeps the likeliest tokens that together reach this probability
     min_p: float = 0.0  # keeps tokens at least this likely relative to the likeliest
     eos_ids: tuple[int, ...] = ()  # a drawn one ends the row
+    greedy_from: int | None = None  # samples of this number and later are greedy, whatever the rest says
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -71,16 +72,20 @@ def draw(
     keys_R: Key[Array, "R"],
     sampling: Sampling,
     allowed: Bool[Array, "R V"] | None = None,
+    greedy_R: Bool[Array, "R"] | None = None,
 ) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
     """One token a row, and its log-probability under the distribution that it was drawn from.
 
-    Greedy (temperature 0) takes the first maximum, and gives its log-probability at temperature 1. `allowed` masks
-    tokens before anything else. Each row uses its own key alone, so rows can be batched in any way.
+    Greedy (temperature 0, and rows that `greedy_R` marks) takes the first maximum, and gives its log-probability at
+    temperature 1. `allowed` masks tokens before anything else. Each row uses its own key alone, so rows can be batched in
+    any way.
     """
     if allowed is not None:
         logits_RV = jnp.where(allowed, logits_RV, -jnp.inf)
     greedy = sampling.temperature == 0
     logits = logits_RV if greedy else restrict(logits_RV, sampling)
+    if greedy_R is not None:
+        logits = jnp.where(greedy_R[:, None], logits_RV, logits)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
     rows, vocabulary = weights.shape
@@ -95,5 +100,7 @@ def draw(
         inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
         offset, _ = _first_past(inside, target - before)
         tokens = block * _BLOCK + offset
+        if greedy_R is not None:
+            tokens = jnp.where(greedy_R, jnp.argmax(logits, axis=-1), tokens)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - top[:, 0] - jnp.log(total)

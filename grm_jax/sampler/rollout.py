@@ -184,13 +184,14 @@ def _advance(
     forced = rows.queued > 0
     states = jnp.where(forced | ~rows.live, scores.FREE, rows.mask)
     keys = jax.vmap(jax.random.fold_in)(keys_R, rows.drawn)
+    greedy = None if sampling.greedy_from is None else rows.sample >= sampling.greedy_from
     if table is None:
-        drawn, log_probs = draw(logits_RV, keys, sampling)
+        drawn, log_probs = draw(logits_RV, keys, sampling, greedy_R=greedy)
     else:
         drawn, log_probs = jax.lax.cond(
             (states != scores.FREE).any(),
-            lambda: draw(logits_RV, keys, sampling, scores.mask(table, states)),
-            lambda: draw(logits_RV, keys, sampling),
+            lambda: draw(logits_RV, keys, sampling, scores.mask(table, states), greedy),
+            lambda: draw(logits_RV, keys, sampling, greedy_R=greedy),
         )
         states = scores.advance(table, states, drawn)
     token = jnp.where(forced, rows.queue[:, 0], drawn)
