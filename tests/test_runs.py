@@ -426,13 +426,13 @@ def test_nothing_kept_is_an_error_with_a_way_out(place, base):
 
 
 def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, base, monkeypatch):
-    recipe = rft_recipe(place, base, "hinted", trajectories=0, general=(), general_share=0.0)
+    recipe = rft_recipe(place, base, "hinted", trajectories=0, hinted=4, general=(), general_share=0.0)
     found = labelled.load(recipe.items, recipe.seed)
     begun, asked, real = start.load(recipe, reference=False), {}, judges.sample
 
     def watched(model, requests, *rest):
         for completion in real(model, requests, *rest):
-            asked[completion.item] = begun.tokenizer.decode(completion.request.prompt)
+            asked[completion.item, completion.sample] = begun.tokenizer.decode(completion.request.prompt)
             yield completion
 
     monkeypatch.setattr(judges, "sample", watched)
@@ -442,7 +442,7 @@ def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, 
     assert (trajectories.records, trajectories.share) == (kept, 1.0)
     for sample in kept:
         ids, answer = trajectories.encode(sample)
-        prompt, told = begun.tokenizer.decode(ids), asked[judges.stable_hash(sample.id)]
+        prompt, told = begun.tokenizer.decode(ids), asked[judges.stable_hash(sample.id), sample.sample]
         best = sample.order.index(sample.labels.index(1.0)) + 1  # as shown
         assert told == prompt.replace("}", f"}}{HINT}{best}") != prompt
         assert HINT not in prompt
