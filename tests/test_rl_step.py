@@ -286,8 +286,9 @@ def test_every_objective_makes_a_finite_step(objective):
     step, state, policy = begin(recipe, params=writer())
     frozen = jax.tree.map(jnp.copy, state.params)
     before = jax.device_get(state.params)
-    state, report = step(state, frozen, rl_step.put(batch(5), policy), KEY)
+    state, report = step(state, frozen, rl_step.put(batch(7), policy), KEY)
     assert all(np.isfinite(float(value)) for value in report.scalars.values()), report.scalars
+    assert float(report.scalars["zero_advantage_groups"]) < 1, "a batch that teaches nothing shows nothing"
     assert any((np.asarray(state.params[name]) != before[name]).any() for name in before)
     assert float(report.scalars["drift_max"]) < 1e-4, "before the first update trainer and sampler are one policy"
     assert float(report.scalars["kl"]) > 0, "behind the first update they are not the reference"

@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from grm_jax.models import kernels
@@ -166,9 +165,7 @@ class Decoder(nnx.Module):
         cache = cache or Cache()
         config, shape = self.config, tokens.shape
         columns = partial(batch_columns, self.mesh, shape[0])
-        x = columns(self.embed[...][tokens.reshape(-1)].astype(jnp.float32).T * config.embed_scale)
-        if _platform(self.mesh) == "cpu":  # or it stays transposed in memory to the last layer, and bfloat16
-            x = with_layout_constraint(x, Layout((0, 1)))  # products with such a side are done in float32
+        x = columns(self._embedded(tokens.reshape(-1)) * config.embed_scale)
         owners = [Owner.ALL if part.positions.ndim == 1 else Owner.ROW for part in cache.parts]
         owners.append(Owner.ROW if cache.own is None else Owner.QUERY)
         new_positions = positions
@@ -203,6 +200,17 @@ class Decoder(nnx.Module):
         if cache.own is None:
             return hidden, Cache((*cache.parts, new), loads=load)
         return hidden, Cache(cache.parts, new, cache.clock + 1, load)
+
+    def _embedded(self, tokens_R: Int[Array, "R"]) -> Float[Array, "D R"]:
+        """Rows of the embedding, float32.
+
+        On a CPU a bfloat16 model's go through a product with 1: as a view of rows they would lie transposed in memory, all
+        activations behind them too, and XLA does products with such a side in float32, converting the weights at each.
+        """
+        rows_RD = self.embed[...][tokens_R].astype(jnp.float32)
+        if _platform(self.mesh) == "cpu" and self.embed[...].dtype == jnp.bfloat16:
+            return jnp.einsum("DE,RE->DR", jnp.eye(self.config.dim), rows_RD, precision="highest")
+        return rows_RD.T
 
     def _layer(
         self, call: _Call, block: Block, window: int | None, before: Sequence[Stored], own: Stored | None, x: jax.Array
