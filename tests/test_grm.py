@@ -83,7 +83,7 @@ def test_k_samples_need_no_more_prompts_than_orders(grm, monkeypatch, n, votes, 
 def test_greedy_judgments_beside_the_others(grm):
     """The votes are as without them, and they as a run of their own at temperature 0 gives them, from the same prompts."""
     examples = [example("x", "yy", id=str(i)) for i in range(3)]
-    shape = {"max_new_tokens": 6, "force_scores": True, "slots": 4}
+    shape = {"max_new_tokens": 6, "slots": 4}
 
     def judged(votes, greedy=0, **more):
         found = grm.judge(examples, JudgeSettings(votes=votes, **shape, **more), greedy=greedy)
@@ -96,7 +96,7 @@ def test_greedy_judgments_beside_the_others(grm):
     for id, found in both.items():
         assert told(found.judgments) == told(votes[id].judgments)
         assert told(found.greedy) == told(alone[id].judgments)
-        assert (found.scores, found.votes, found.valid) == (votes[id].scores, 4, 4)
+        assert (found.scores, found.votes, found.valid) == (votes[id].scores, 4, votes[id].valid)
         assert found.usage.prompt_tokens == votes[id].usage.prompt_tokens
         assert votes[id].greedy == ()
     with pytest.raises(ValueError, match=r"greedy = 5: it has to be 0 to votes = 4, whose orders they take"):

@@ -450,6 +450,7 @@ def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, 
         assert answer[-1] in begun.tokenizer.eos_ids
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_a_base_that_stays(place, base):
     before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
     recipe = rl_recipe(
