@@ -57,6 +57,8 @@ def write_inputs(folder, kind, numbers, model="fresh"):
 
 def launch(folder, command, processes, devices, *more):
     """The processes of a run, each with its own simulated devices; what they say goes to files."""
+    if command != "eval":
+        more = ("--config", "config.py", *more)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -64,13 +66,9 @@ def launch(folder, command, processes, devices, *more):
     started = []
     for i in range(processes):
         several = ["--coordinator", f"localhost:{port}", "--processes", str(processes), "--process", str(i)]
-        line = [sys.executable, "-m", "grm_jax.main", *(several if processes > 1 else []), command]
+        line = [sys.executable, "-m", "grm_jax.main", *(several if processes > 1 else []), command, *more]
         with (folder / f"said-{processes}-{i}.txt").open("w") as said:
-            started.append(
-                subprocess.Popen(
-                    [*line, "--config", "config.py", *more], cwd=folder, env=env, stdout=said, stderr=subprocess.STDOUT
-                )
-            )
+            started.append(subprocess.Popen(line, cwd=folder, env=env, stdout=said, stderr=subprocess.STDOUT))
     return started
 
 
@@ -167,6 +165,24 @@ def test_samples_and_verdicts_are_shared_among_processes(tmp_path, alone):
         )  # fmt: skip
     assert len(lines[1]) == 27
     assert lines[1] == lines[2]
+
+
+@pytest.mark.slow
+def test_a_report_of_two_processes_is_that_of_one(tmp_path, alone):
+    """Judgments and the greedy ones beside them, in parts of two files; and again, when both are there already."""
+    how = ["--benchmark", "preferences", "--data", "items.jsonl", "--template", TEMPLATE, "--force-scores"]
+    how += ["--model", str(alone / "run/model"), "--max-new-tokens", "8", "--votes", "4", "--output", "out"]
+    reports = []
+    for processes in (1, 2, 2):
+        folder = tmp_path / f"judged-{processes}"
+        if not folder.exists():
+            write_inputs(folder, "SampleConfig", "")
+        finish(folder, launch(folder, "eval", processes, 1, *how))
+        reports.append(json.loads((folder / "out/report.json").read_text()))
+        seconds = reports[-1].pop("seconds_of_verdict")
+        assert seconds > 0
+    assert reports[0]["greedy"]["numbers"]
+    assert reports[0] == reports[1] == reports[2]
 
 
 @pytest.mark.slow
