@@ -1,6 +1,6 @@
 """From examples and a judge to the judgments of each. The only place that knows the order in which responses were shown.
 
-1. `prepare`: an example's responses get an order a sample, and each distinct prompt is cut, rendered and tokenised once.
+1. An example's responses get an order a sample, and each distinct prompt is cut, rendered and tokenised once.
 2. `judged`: samples keep one batch full across examples; each text is parsed, its scores put back into the example's own
    order, and an example's judgments come when all of them are in.
 3. `in_rounds` asks for a few samples at a time where an example may stop early (`stopping`).

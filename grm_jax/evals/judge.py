@@ -44,8 +44,11 @@ class Judge:
         if not isinstance(self.model, Grm):
             return self.model.judge(examples, settings)
         template = functools.cache(prompts.load_template)
-        by_n = lambda example: template(templates[len(example.responses)])  # noqa: E731
-        return self.model.judge(examples, settings, by_n, meta_rm=self.guide, greedy=greedy)
+
+        def template_of(example: Example) -> prompts.Template:
+            return template(templates[len(example.responses)])
+
+        return self.model.judge(examples, settings, template_of, meta_rm=self.guide, greedy=greedy)
 
     def digest(self) -> str:
         """16 hexadecimal digits of all weights: the same for the same numbers, however they are stored or laid out."""
