@@ -10,10 +10,11 @@ def power_of_two(n: int, least: int) -> int:
     return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
 
 
-def half_octave(n: int, least: int) -> int:
-    """The bucket of n where a wide one costs more than the compilation of more sizes: from `least` on, 2^i and 3 * 2^i."""
+def half_octave(n: int, least: int, halves: int) -> int:
+    """As `power_of_two`, but above `halves`, where room costs more than compiling another size, 3 * 2^i is a bucket too."""
     whole = power_of_two(n, least)
-    return whole if whole <= least or n > whole * 3 // 4 else whole * 3 // 4
+    half = whole * 3 // 4
+    return half if halves < n <= half else whole
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -23,8 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import grm_jax
-from grm_jax import judging as judges
-from grm_jax import prompts
+from grm_jax import judging, prompts
 from grm_jax.checkpoint import Saver
 from grm_jax.data import items as labelled
 from grm_jax.data.jsonl import parse_row
@@ -428,21 +427,21 @@ def test_nothing_kept_is_an_error_with_a_way_out(place, base):
 def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, base, monkeypatch):
     recipe = rft_recipe(place, base, "hinted", trajectories=0, hinted=4, general=(), general_share=0.0)
     found = labelled.load(recipe.items, recipe.seed)
-    begun, asked, real = start.load(recipe, reference=False), {}, judges.sample
+    begun, asked, real = start.load(recipe, reference=False), {}, judging.sample
 
     def watched(model, requests, *rest):
         for completion in real(model, requests, *rest):
             asked[completion.item, completion.sample] = begun.tokenizer.decode(completion.request.prompt)
             yield completion
 
-    monkeypatch.setattr(judges, "sample", watched)
+    monkeypatch.setattr(judging, "sample", watched)
     kept = rft.collect(recipe, found, begun)
     trajectories, _ = mixture(recipe, begun.tokenizer, kept, [], lambda _: prompts.load_template(TEMPLATE))
     assert len(kept) > 0
     assert (trajectories.records, trajectories.share) == (kept, 1.0)
     for sample in kept:
         ids, answer = trajectories.encode(sample)
-        prompt, told = begun.tokenizer.decode(ids), asked[judges.stable_hash(sample.id), sample.sample]
+        prompt, told = begun.tokenizer.decode(ids), asked[judging.stable_hash(sample.id), sample.sample]
         best = sample.order.index(sample.labels.index(1.0)) + 1  # as shown
         assert told == prompt.replace("}", f"}}{HINT}{best}") != prompt
         assert HINT not in prompt

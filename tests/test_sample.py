@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 from tiny import LLAMA, tiny_model
 
-from grm_jax import Example, Message, prompts
-from grm_jax import judging as judges
+from grm_jax import Example, Message, judging, prompts
 from grm_jax.config import JudgeSettings
 from grm_jax.data.jsonl import DataError
 from grm_jax.dealing import orders
@@ -93,19 +92,19 @@ def prompts_of_lengths(monkeypatch) -> list[str]:
                 prompts_seen.append(prompt)
                 yield Completion(request, item, j, text, (-0.5,) * len(text), True, None, 0.0)
 
-    monkeypatch.setattr(judges, "sample", sample)
+    monkeypatch.setattr(judging, "sample", sample)
     return prompts_seen
 
 
 def test_a_row_holds_what_its_prompt_was_made_of(grm, monkeypatch):
-    real, asked = judges.sample, {}
+    real, asked = judging.sample, {}
 
     def watched(model, requests, *rest):
         for completion in real(model, requests, *rest):
             asked[completion.item, completion.sample] = completion.request.prompt, completion.ended
             yield completion
 
-    monkeypatch.setattr(judges, "sample", watched)
+    monkeypatch.setattr(judging, "sample", watched)
     found = samples_of(grm, [*ITEMS, SINGLE], seed=2)
     tokenizer = grm.need_tokenizer()
     assert {sample.ended for sample in found} == {True, False}
@@ -119,7 +118,7 @@ def test_a_row_holds_what_its_prompt_was_made_of(grm, monkeypatch):
         template = prompts.load_template(again.template)
         turns = prompts.render(again.example, again.order, template, controls=tokenizer.specials)
         prompt = tuple(tokenizer.encode(tokenizer.chat(turns)))
-        assert (prompt, again.ended) == asked[judges.stable_hash(again.id), again.sample]
+        assert (prompt, again.ended) == asked[judging.stable_hash(again.id), again.sample]
         assert (again.scores, again.correct, again.hinted) == (None, False, False)
         assert "boxed" in again.reason
         assert again.tokens <= 12

@@ -34,7 +34,7 @@ from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_l
 from grm_jax.sharding import fetch, place, replicated, rows_of, spread
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
-_EXACT = 256  # tokens from which on a prompt is worth a width of its own between two powers of two
+_HALVES = 256  # tokens above which a prompt is worth a width between two powers of two
 _LEAST_RING = 128  # slots of the smallest ring
 _HEAD_STEP = 64  # tokens; what is left of a shared head is prefilled with each prompt
 
@@ -126,8 +126,7 @@ class _Batch:
         for start in range(0, len(requests), data):
             block = requests[start : start + data]
             rests = [request.prompt[len(self.head_tokens) : -1] for _, request in block]
-            longest = max(map(len, rests))
-            width = power_of_two(longest, _LEAST_BUCKET) if longest <= _EXACT else half_octave(longest, _EXACT)
+            width = half_octave(max(map(len, rests)), _LEAST_BUCKET, _HALVES)
             for group, request in block:
                 self.request[group], self.pending[group] = request, list(request.samples)
             self._fit_prompts()
