@@ -10,11 +10,11 @@ def power_of_two(n: int, least: int) -> int:
     return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())
 
 
-def half_octave(n: int, least: int, halves: int) -> int:
-    """As `power_of_two`, but above `halves`, where room costs more than compiling another size, 3 * 2^i is a bucket too."""
+def stepped(n: int, least: int, step: int) -> int:
+    """As `power_of_two`, but with buckets between: each is a multiple of `step`, and of an eighth of its power of two."""
     whole = power_of_two(n, least)
-    half = whole * 3 // 4
-    return half if halves < n <= half else whole
+    apart = max(step, whole // 8)
+    return min(whole, -(-n // apart) * apart)
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

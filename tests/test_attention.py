@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import GEMMA, LLAMA, tiny_model
 
-from grm_jax.buckets import half_octave
+from grm_jax.buckets import stepped
 from grm_jax.models.attention import NOWHERE, Owner, attend
 from grm_jax.models.decoder import Cache, bind
 from grm_jax.models.layers import linear
@@ -87,18 +87,19 @@ def test_buckets_between_powers_of_two():
     sizes = {
         0: 0,
         1: 32,
-        150: 256,
-        256: 256,
+        100: 128,
+        129: 256,
         257: 384,
-        384: 384,
         385: 512,
-        512: 512,
-        513: 768,
-        769: 1024,
+        513: 640,
+        641: 768,
+        1024: 1024,
+        1025: 1280,
+        1793: 2048,
         3000: 3072,
-        3073: 4096,
+        3073: 3584,
     }
-    assert {n: half_octave(n, 32, 256) for n in sizes} == sizes
+    assert {n: stepped(n, 32, 128) for n in sizes} == sizes
 
 
 def test_a_long_prompt_is_prefilled_little_wider_than_it_is(monkeypatch):

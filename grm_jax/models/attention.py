@@ -134,8 +134,8 @@ def _attend_part(
         s = jnp.where(seen[where], s, -jnp.inf)
     # Finite where nothing is seen. It cancels out of the result, so no gradient goes through it.
     top = jax.lax.stop_gradient(jnp.maximum(s.max(-1), jnp.finfo(jnp.float32).min))
-    p = jnp.exp(s - top[..., None])
-    total, mix = p.sum(-1), _dot(mix_spec, p, v)
+    p = jnp.exp(s - top[..., None]).astype(v.dtype)  # rounded once, for the sum too
+    total, mix = p.sum(-1, dtype=jnp.float32), _dot(mix_spec, p, v)
     source, target = order.split("->")
     axes = tuple(source.index(letter) for letter in target)
     top, total, mix = top.transpose(axes), total.transpose(axes), mix.transpose(*axes, len(axes))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grm_jax import scores
-from grm_jax.buckets import half_octave
+from grm_jax.buckets import stepped
 from grm_jax.expected import NumberTable
 from grm_jax.models.attention import Keys
 from grm_jax.models.decoder import Model
@@ -34,7 +34,7 @@ from grm_jax.sampler.requests import Completion, Forcing, Plan, Request, check_l
 from grm_jax.sharding import fetch, place, replicated, rows_of, spread
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
-_HALVES = 256  # tokens above which a prompt is worth a width between two powers of two
+_STEP = 128  # tokens; widths of prompts between powers of two are no closer, since each is compiled
 _LEAST_RING = 128  # slots of the smallest ring
 _HEAD_STEP = 64  # tokens; what is left of a shared head is prefilled with each prompt
 
@@ -126,7 +126,7 @@ class _Batch:
         for start in range(0, len(requests), data):
             block = requests[start : start + data]
             rests = [request.prompt[len(self.head_tokens) : -1] for _, request in block]
-            width = half_octave(max(map(len, rests)), _LEAST_BUCKET, _HALVES)
+            width = stepped(max(map(len, rests)), _LEAST_BUCKET, _STEP)
             for group, request in block:
                 self.request[group], self.pending[group] = request, list(request.samples)
             self._fit_prompts()
