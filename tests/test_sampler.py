@@ -12,7 +12,7 @@ from tiny import GEMMA, LLAMA, QWEN3, tiny_model
 
 from grm_jax import scores
 from grm_jax.models.decoder import Cache, Keys, Model, bind
-from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, generate, rollout, sample
+from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, batching, generate, rollout, sample
 from grm_jax.sampler.draw import restrict
 from grm_jax.sampler.requests import common_prefix, power_of_two
 
@@ -333,3 +333,17 @@ def test_common_prefix_stops_short_of_the_last_token():
     assert common_prefix([[1, 2, 3]]) == (1, 2)
     assert common_prefix([[1, 2], [1, 2, 3]]) == (1,)
     assert common_prefix([[1], [2]]) == ()
+
+
+def test_the_prompt_cache_follows_the_longest_prompt(monkeypatch):
+    """It grows at once, and shrinks where that saves two steps of widths or three quarters; samples stay right."""
+    monkeypatch.setattr(batching, "_CACHE_STEP", 64)
+    model, sampling, widths = tiny_model(), Sampling(), []
+    decode = rollout.decode
+    monkeypatch.setattr(rollout, "decode", lambda *args: widths.append(args[2][0].positions.shape[1]) or decode(*args))
+    prompts = prompts_of(120, 200, 150, 120)
+    requests = [ask(p, i, 0) for i, p in enumerate(prompts)]
+    found = {c.item: c for c in sample(model, requests, KEY, Plan(1, 1, 4), sampling)}
+    assert widths == [128, 256, 256, 128]
+    for item in range(4):
+        assert_drawn(found[item], model, 4, sampling)

@@ -35,6 +35,7 @@ from grm_jax.sharding import fetch, place, replicated, rows_of, spread
 
 _LEAST_BUCKET = 32  # slots of the smallest prompt bucket
 _STEP = 128  # tokens; widths of prompts between powers of two are no closer, since each is compiled
+_CACHE_STEP = 512  # slots; the same of the cache that prompts have in a batch
 _LEAST_RING = 128  # slots of the smallest ring
 _HEAD_STEP = 64  # tokens; what is left of a shared head is prefilled with each prompt
 
@@ -141,15 +142,18 @@ class _Batch:
                     self._start(row)
 
     def _fit_prompts(self) -> None:
-        """Give the prompt cache the width of the longest prompt in the batch; keep one that is not four times too wide."""
+        """Give the prompt cache the width of the longest prompt in the batch; keep one that is not much too wide.
+
+        Every step reads all of it, while changing it costs about what two steps do, and each width is compiled.
+        """
         rests = [len(request.prompt) - 1 - len(self.head_tokens) for request in self.request if request]
-        wanted = power_of_two(max(rests), _LEAST_BUCKET)
+        wanted = stepped(max(rests), _LEAST_BUCKET, _CACHE_STEP)
         if self.prompts is None:
             if wanted:
                 self.prompts = self._empty((self.groups,), wanted)
             return
         width = self.prompts.positions.shape[1]
-        if wanted > width or 0 < wanted <= width // 4:
+        if wanted > width or 0 < wanted <= max(width // 4, width - 2 * _CACHE_STEP):
             self.prompts = rollout.resize_prompts(self.prompts, wanted)
 
     def _start(self, row: int) -> None:
