@@ -341,9 +341,17 @@ def test_the_prompt_cache_follows_the_longest_prompt(monkeypatch):
     model, sampling, widths = tiny_model(), Sampling(), []
     decode = rollout.decode
     monkeypatch.setattr(rollout, "decode", lambda *args: widths.append(args[2][0].positions.shape[1]) or decode(*args))
-    prompts = prompts_of(120, 200, 150, 120)
+    held, resize = [], rollout.resize_slots
+
+    def resized(store, *args):
+        held.append(sum(x.ndim == 4 and x.shape == store.shape for x in jax.live_arrays()))
+        return resize(store, *args)
+
+    monkeypatch.setattr(rollout, "resize_slots", resized)
+    prompts = prompts_of(60, 200, 150, 60)
     requests = [ask(p, i, 0) for i, p in enumerate(prompts)]
     found = {c.item: c for c in sample(model, requests, KEY, Plan(1, 1, 4), sampling)}
-    assert widths == [128, 256, 256, 128]
+    assert widths == [64, 256, 256, 64]
+    assert held == [0, 4, 3, 2, 1] * 2, "never two whole caches at once"
     for item in range(4):
         assert_drawn(found[item], model, 4, sampling)

@@ -26,7 +26,7 @@ import numpy as np
 from grm_jax import scores
 from grm_jax.buckets import stepped
 from grm_jax.expected import NumberTable
-from grm_jax.models.attention import Keys
+from grm_jax.models.attention import NOWHERE, Keys
 from grm_jax.models.decoder import Model
 from grm_jax.sampler import rollout
 from grm_jax.sampler.draw import Sampling
@@ -154,7 +154,18 @@ class _Batch:
             return
         width = self.prompts.positions.shape[1]
         if wanted > width or 0 < wanted <= max(width // 4, width - 2 * _CACHE_STEP):
-            self.prompts = rollout.resize_prompts(self.prompts, wanted)
+            self._resize_prompts(wanted)
+
+    def _resize_prompts(self, length: int) -> None:
+        """Give the prompt cache another width, an array at a time: both caches at once may be more than memory holds."""
+        positions = rollout.resize_slots(self.prompts.positions, length, 1, NOWHERE)
+        sides = [list(self.prompts.k), list(self.prompts.v)]
+        self.prompts = None
+        for side in sides:
+            for i, store in enumerate(side):
+                side[i] = jax.block_until_ready(rollout.resize_slots(store, length, 2, 0))
+        k, v = map(tuple, sides)
+        self.prompts = Keys(k, v, positions)
 
     def _start(self, row: int) -> None:
         """Begin the group's next sample in this row, if one is left."""

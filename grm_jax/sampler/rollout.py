@@ -150,17 +150,12 @@ def forget(prompts: Keys, slot: Int[Array, ""]) -> Keys:
     return dataclasses.replace(prompts, positions=prompts.positions.at[slot].set(NOWHERE))
 
 
-@partial(jax.jit, static_argnames="length")
-def resize_prompts(prompts: Keys, length: int) -> Keys:
-    """The batch's prompt cache with another number of slots a prompt; the last ones are added or dropped."""
-
-    def fit(store: jax.Array, axis: int, fill: int) -> jax.Array:
-        store = jax.lax.slice_in_dim(store, 0, min(length, store.shape[axis]), axis=axis)
-        pads = [(0, length - store.shape[axis]) if i == axis else (0, 0) for i in range(store.ndim)]
-        return jnp.pad(store, pads, constant_values=fill)
-
-    k, v = (tuple(fit(x, 2, 0) for x in side) for side in (prompts.k, prompts.v))
-    return Keys(k, v, fit(prompts.positions, 1, NOWHERE))
+@partial(jax.jit, static_argnames=("length", "axis", "fill"))
+def resize_slots(store: jax.Array, length: int, axis: int, fill: int) -> jax.Array:
+    """An array of the batch's prompt cache with another number of slots a prompt; the last ones are added or dropped."""
+    store = jax.lax.slice_in_dim(store, 0, min(length, store.shape[axis]), axis=axis)
+    pads = [(0, length - store.shape[axis]) if i == axis else (0, 0) for i in range(store.ndim)]
+    return jnp.pad(store, pads, constant_values=fill)
 
 
 @partial(jax.jit, static_argnames="length")
