@@ -11,7 +11,7 @@ def power_of_two(n: int, least: int) -> int:
 
 
 def stepped(n: int, least: int, step: int) -> int:
-    """As `power_of_two`, but with buckets between: each is a multiple of `step`, and of an eighth of its power of two."""
+    """As `power_of_two`, with buckets between: multiples of `step`, or of an eighth of that power where it is more."""
     whole = power_of_two(n, least)
     apart = max(step, whole // 8)
     return min(whole, -(-n // apart) * apart)
