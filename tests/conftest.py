@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# All of XLA's passes, but few of LLVM's: programs here run a few times at most; RL steps' tests take four fifths of the time so.
+# All of XLA's passes, but few of LLVM's: programs here run a few times at most, and compile a good deal faster so.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 )
