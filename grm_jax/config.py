@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -65,6 +65,8 @@ class JudgeSettings:
     """a template's name or file; by default the one for the number of responses"""
     slots: int = 32
     """samples decoded at once"""
+    orders: int | None = None
+    """orders of the responses that an example's judgments share, each second one the reverse of the one before"""
     expected_scores: bool = False
     """sum each score's mean under the model's probabilities; a choice of one response is weighed by its probability"""
     k_meta: int | None = None
@@ -73,7 +75,7 @@ class JudgeSettings:
     """draw in rounds, and stop an example when more votes change its winner with at most this probability; 0: never"""
 
     def __post_init__(self) -> None:
-        for name in ("votes", "max_new_tokens", "slots", "k_meta"):
+        for name in ("votes", "max_new_tokens", "slots", "orders", "k_meta"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it has to be at least 1")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -81,6 +83,14 @@ class JudgeSettings:
             raise ValueError(f"seed = {self.seed}: it has to be 0 to 2^32 - 1")
         if self.stop_risk is not None and not 0 <= self.stop_risk < 1:
             raise ValueError(f"stop_risk = {self.stop_risk}: it is a probability, 0 to below 1")
+
+    def record(self) -> dict[str, Any]:
+        """What judgments depend on, for the record beside an output; `orders` is in it only where it is given."""
+        found = dataclasses.asdict(self)
+        del found["slots"]
+        if self.orders is None:
+            del found["orders"]
+        return found
 
     def check_vote(self, guided: bool) -> None:
         """Raise ValueError for settings that a vote, guided by a meta RM or not, cannot have together."""
@@ -154,7 +164,7 @@ def _check_baseline(config: ScoreConfig | EvalConfig) -> None:
             f"critic = {config.critic} and baseline = {config.baseline}: cloud has a critic, and nothing else; give "
             "--baseline cloud --model HEAD --critic MODEL"
         )
-    unused = [name for name in ("meta_rm", "template", "stop_risk") if getattr(config, name) is not None]
+    unused = [name for name in ("meta_rm", "template", "stop_risk", "orders") if getattr(config, name) is not None]
     unused += ["expected_scores"] if config.expected_scores else []
     if config.baseline and unused:
         name = unused[0]

@@ -121,8 +121,7 @@ def judge_settings(config: ScoreConfig) -> JudgeSettings:
 
 def _settings(config: ScoreConfig) -> dict[str, object]:
     """What a verdict depends on: a run that goes on must agree in all of it. Batch size and devices are not in it."""
-    settings = dataclasses.asdict(judge_settings(config)) | {"model": config.model, "dtype": config.dtype}
-    del settings["slots"]
+    settings = judge_settings(config).record() | {"model": config.model, "dtype": config.dtype}
     for name in ("meta_rm", "baseline", "critic"):
         if (value := getattr(config, name)) is not None:
             settings[name] = value

@@ -328,8 +328,12 @@ def test_paired_differences_by_hand(monkeypatch):
 
 def test_reports_are_compared(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "RESAMPLES", 10)
-    for name, more in (("a", []), ("b", ["--seed", "1"])):
+    for name, more in (("a", []), ("b", ["--seed", "1", "--orders", "2"])):
         assert evaluate(folder, tmp_path / name, "--no-greedy", "--force-scores", *more) == 0
+    assert "responses in 2 orders of each case drawn by seed 1" in (tmp_path / "b/report.md").read_text()
+    assert "responses in orders drawn by seed 0" in (tmp_path / "a/report.md").read_text()
+    assert evaluate(folder, tmp_path / "a", "--no-greedy", "--force-scores", "--orders", "2") == 2
+    assert "was begun with" in capsys.readouterr().err
     again = ["eval", "--from", str(tmp_path / "b/judgments.jsonl"), "--output", str(tmp_path / "again")]
     assert main(again) == 0  # with the seed that the judgments were made with
     assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "b/report.json").read_bytes()
@@ -355,5 +359,7 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
     ):
         assert main(["eval", "--output", str(tmp_path / "out"), *args]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
-    assert evaluate(folder, tmp_path / "one", "--votes", "1") == 2
-    assert "llm_bar compares both orders" in capsys.readouterr().err
+    for name in ("votes", "orders"):  # before a model is loaded
+        assert evaluate(folder, tmp_path / "one", f"--{name}", "1", "--model", str(tmp_path / "one")) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{name} = 1: llm_bar compares both orders, give --{name} 2 or more" in said

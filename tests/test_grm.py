@@ -113,7 +113,9 @@ def test_equal_responses_make_one_prompt(grm, monkeypatch):
 @pytest.mark.parametrize(
     ("examples", "n", "votes", "slots", "groups", "group"),
     [
-        (100, 2, 8, 32, 16, 2),  # two prompts of 4 samples each: a freed row finds another sample of its prompt
+        (100, 2, 8, 32, 8, 4),  # two prompts of 4 samples each
+        (100, 1, 8, 32, 4, 8),
+        (100, 1, 32, 32, 2, 16),  # a freed row finds another sample of its prompt
         (100, 1, 1, 32, 32, 1),
         (1, 2, 8, 32, 2, 4),  # too few prompts to fill the slots: all samples at once
         (1, 1, 64, 32, 1, 32),
@@ -123,6 +125,31 @@ def test_equal_responses_make_one_prompt(grm, monkeypatch):
 def test_the_batch_fits_what_is_asked(examples, n, votes, slots, groups, group):
     plan = plan_of([example(*"abc"[:n], id=str(i)) for i in range(examples)], JudgeSettings(slots=slots), votes)
     assert (plan.groups, plan.group) == (groups, group)
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "count"), [(1, 2, 1), (2, 1, 1), (2, 2, 2), (3, 4, 4), (4, 3, 3), (4, 99, 24), (9, 2, 2)]
+)
+def test_shared_orders_come_in_pairs_with_their_reverse(n, most, count):
+    dealt = orders("some id", n, 60, seed=3, most=most)
+    assert dealt[:7] == orders("some id", n, 7, seed=3, most=most)
+    assert len(set(dealt)) == len(set(dealt[:count])) == count
+    assert dealt == (dealt[:count] * 60)[:60]
+    assert dealt[0] == orders("some id", n, 1, seed=3)[0]
+    for even, odd in zip(dealt[: count - 1 : 2], dealt[1:count:2], strict=True):
+        assert odd == even[::-1]
+
+
+def test_two_orders_are_two_prompts_and_cancel_an_even_position_bias(grm, monkeypatch):
+    requests = []
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: range(1, 1 + len(shown)), requests))
+    found = grm.score([example(*"abcd")], votes=8, orders=2)[0]
+    assert [len(request.samples) for request in requests] == [4, 4]
+    assert found.scores == (20.0, 20.0, 20.0, 20.0)
+    assert not grm.score([example(*"abcd")], votes=8)[0].tie
+    pair = [example("x", "yy", id=str(i)) for i in range(8)]
+    plan = plan_of(pair, JudgeSettings(slots=8, orders=1), 4)
+    assert (plan.groups, plan.group) == (2, 4)
 
 
 def test_orders_are_dealt_evenly_and_do_not_depend_on_the_number_of_votes():
@@ -220,7 +247,7 @@ def test_ids_that_occur_twice_are_refused(grm):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("votes", 0), ("max_new_tokens", 0), ("slots", -1), ("seed", -3), ("top_p", 2)]
+    ("field", "value"), [("votes", 0), ("max_new_tokens", 0), ("slots", -1), ("orders", 0), ("seed", -3), ("top_p", 2)]
 )
 def test_settings_out_of_range_name_value_and_rule(field, value):
     with pytest.raises(ValueError, match=f"{field} = {value}: it has to be"):

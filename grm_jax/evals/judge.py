@@ -75,6 +75,14 @@ def settings_of(config: EvalConfig) -> JudgeSettings:
     return found if config.baseline in (None, "cloud") else dataclasses.replace(found, votes=1)
 
 
+def check_orders(config: EvalConfig, benchmark: Benchmark) -> None:
+    """Raise ValueError for fewer judgments of a case, or orders of its responses, than the benchmark's metric needs."""
+    least = 1 if config.baseline else benchmark.kind.least
+    for name in ("votes", "orders"):
+        if (given := getattr(config, name)) is not None and given < least:
+            raise ValueError(f"{name} = {given}: {benchmark.name} compares both orders, give --{name} {least} or more")
+
+
 def once(config: EvalConfig, settings: JudgeSettings, benchmark: Benchmark) -> JudgeSettings | None:
     """How the greedy point is judged, with as few judgments as the metric needs; None where nothing is sampled."""
     if not config.greedy or config.baseline in ("bradley_terry", "pair_rm"):

@@ -35,9 +35,10 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     templates = ", ".join(f"{name} {sha[:8]}" for name, sha in protocol["template"].items())
     guide = f", meta RM {protocol['meta_rm']}" if protocol["meta_rm"] else ""
     forced = "forced" if protocol["force_scores"] else "not forced"
+    orders = f"{protocol['orders']} orders of each case" if protocol.get("orders") else "orders"
     forced += ", and those counted as unread" if protocol.get("drop_forced") else ""
     return (
-        f"{protocol['votes']} judgments a case at temperature {protocol['temperature']:g}, responses in orders drawn by "
+        f"{protocol['votes']} judgments a case at temperature {protocol['temperature']:g}, responses in {orders} drawn by "
         f"seed {protocol['seed']}, scores {forced}, ties by expectation, unread verdicts worth nothing; model "
         f"{protocol['model']} (weights {protocol['weights']}){guide}; templates {templates}"
     )

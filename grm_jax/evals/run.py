@@ -53,6 +53,7 @@ def run(config: EvalConfig) -> None:
         logger.info("dropped %d: %s", count, reason)
     if not benchmark.cases:
         raise DataError(f"{config.data} has no cases of {config.benchmark}: give the official files")
+    judges.check_orders(config, benchmark)
     templates = judges.templates_of(benchmark.cases, config)
     for model in (config.model, config.meta_rm, config.critic):
         if model:
@@ -186,8 +187,7 @@ def _record(
     config: EvalConfig, benchmark: Benchmark, settings: JudgeSettings, templates: Mapping[int, str]
 ) -> dict[str, Any]:
     """What the rows depend on, and what a report says of it."""
-    known = dataclasses.asdict(settings)
-    del known["slots"]
+    known = settings.record()
     if config.baseline:  # in the protocols of judges these are not there
         known |= {"baseline": config.baseline, "critic": config.critic}
     return known | {

@@ -255,6 +255,8 @@ class SampleConfig:
     seed: int = 0
     slots: int = 64
     """samples decoded at once"""
+    orders: int | None = None
+    """as of `score`: orders of its responses that an item's judgments share"""
     meta_rm: str | None = None
     """a meta RM's folder: each judgment's row then has its logit"""
     dtype: Dtype | None = None
@@ -265,7 +267,7 @@ class SampleConfig:
     """start anew where the output exists"""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "votes", "max_new_tokens", "slots", *given(self, "devices"))
+        at_least(self, 1, "votes", "max_new_tokens", "slots", *given(self, "devices", "orders"))
         check_sampling(self.temperature, 0, 1.0, 0.0)
         check_seed(self.seed)
         if not self.items.files:

@@ -241,13 +241,13 @@ def judge_settings(config: SampleConfig) -> JudgeSettings:
         max_new_tokens=config.max_new_tokens,
         force_scores=False,
         slots=config.slots,
+        orders=config.orders,
     )
 
 
 def _record(config: SampleConfig, items: Iterable[Example], name_of: Callable[[Example], str]) -> dict[str, object]:
     """What a sample depends on beside its item: a run that goes on must agree in all of it."""
-    settings = dataclasses.asdict(judge_settings(config)) | {"model": config.model, "dtype": config.dtype}
-    del settings["slots"]
+    settings = judge_settings(config).record() | {"model": config.model, "dtype": config.dtype}
     if config.meta_rm:
         settings["meta_rm"] = config.meta_rm
     shas = {name: prompts.load_template(name).sha256 for name in sorted(set(map(name_of, items)))}
