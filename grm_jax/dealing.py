@@ -22,7 +22,7 @@ def orders(example_id: str, n: int, votes: int, seed: int, most: int | None = No
     """
     rng = np.random.default_rng([seed, stable_hash(example_id)])
     if most is not None:
-        return list(itertools.islice(itertools.cycle(_paired(_deck(rng, n), distinct(n, most))), votes))
+        return list(itertools.islice(itertools.cycle(_paired(_deck(rng, n), distinct(n, votes, most))), votes))
     return list(itertools.islice(itertools.cycle(_deck(rng, n)), votes))
 
 

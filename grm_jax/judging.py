@@ -29,7 +29,6 @@ from grm_jax.models.decoder import Model
 from grm_jax.sampler import Completion, Forcing, Plan, Request, Sampling, common_prefix, sample
 
 _PEEK = 16  # examples whose prompts tell how long the shared head is
-_WHOLE = 8  # votes of a prompt that all have a row of their own
 _AHEAD = 4  # batches of prompts that are sorted by length together; verdicts come that much out of order
 
 
@@ -219,19 +218,15 @@ def _values(
 
 
 def plan_of(examples: list[Example], settings: JudgeSettings, votes: int, greedy: int = 0) -> Plan:
-    """As many rows a group as an average distinct prompt has votes, and as many groups as the slots allow.
+    """As many rows a group as half the votes of an average distinct prompt, and as many groups as the slots allow.
 
-    Every step reads the keys of all prompts, so few prompts of many rows are read sooner than many of few. Beyond
-    `_WHOLE` votes a group has half as many rows: a freed one then takes its prompt's next sample, and few idle until the
-    slowest of their group is done. So it is below two votes, where most prompts have one. Where there are too few prompts
-    to fill the slots, a group has a row for each sample, the greedy ones too.
+    Half: a freed row then takes its prompt's next sample, so few rows idle until the slowest of their group is done.
+    Where there are too few prompts to fill the slots so, a group has a row for each sample, the greedy ones too.
     """
     count = sum(distinct(len(example.responses), votes, settings.orders) for example in examples)
     each = len(examples) / count
-    of_prompt = votes * each
-    group = math.ceil(of_prompt if 2 <= of_prompt <= _WHOLE else of_prompt / 2)
-    if group * count < settings.slots:
-        group = math.ceil((votes + greedy) * each)
+    half = math.ceil(votes * each / 2)
+    group = half if half * count >= settings.slots else math.ceil((votes + greedy) * each)
     group = min(settings.slots, group)
     return Plan(max(1, min(settings.slots // group, count)), group, settings.max_new_tokens)
 

@@ -79,15 +79,18 @@ def guided(
     count: Int[Array, ""] | int,
     logits: Float[Array, "K"],
     k_meta: int | None = None,
+    among: Bool[Array, "K"] | None = None,
 ) -> tuple[Tally, Bool[Array, "K J"]]:
     """The vote of the k_meta judgments with the highest logits among the first k', for k' = 1..K; and which those are.
 
     kept[k' - 1, j]: whether judgment j is in the sum after k' judgments. k_meta is at most k'; None is max(1, k' // 2).
     Judgments that are not valid are never kept, so fewer than k_meta may be; of equal logits the earlier one goes first.
-    `Tally.valid` counts the judgments kept. Other arguments as in `vote`.
+    among: the judgments that k' counts where these are not all; those that are valid are among them. `Tally.valid` counts
+    the judgments kept. Other arguments as in `vote`.
     """
     upto = jnp.arange(1, scores.shape[0] + 1)
-    most = jnp.maximum(upto // 2, 1) if k_meta is None else jnp.minimum(upto, k_meta)
+    drawn = upto if among is None else jnp.cumsum(among.astype(jnp.int32))
+    most = jnp.maximum(drawn // 2, 1) if k_meta is None else jnp.minimum(drawn, k_meta)
     earlier_JK = upto[:, None] < upto[None]
     ahead_JK = (logits[:, None] > logits[None]) | ((logits[:, None] == logits[None]) & earlier_JK)
     rank_KJ = jnp.cumsum((ahead_JK & valid[:, None]).astype(jnp.int32), axis=0)  # row k' - 1: among the first k'
@@ -118,9 +121,10 @@ def guided_batch(
     counts: Int[Array, "E"],
     logits: Float[Array, "E K"],
     k_meta: int | None = None,
+    among: Bool[Array, "E K"] | None = None,
 ) -> tuple[Tally, Bool[Array, "E K J"]]:
     """`guided` for many examples at once; everything has E in front."""
-    return jax.vmap(partial(guided, k_meta=k_meta))(scores, valid, counts, logits)
+    return jax.vmap(partial(guided, k_meta=k_meta))(scores, valid, counts, logits, among=among)
 
 
 @jax.jit

@@ -81,6 +81,9 @@ def test_ties_of_reward_bench_2_by_hand():
     margins = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 2 - 1)) / 2
     assert found == pytest.approx(0.3 * 1 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margins)
     assert math.isnan(metrics.ties_score(cases[:1], scored((8, 5))))
+    twice = metrics.ties_score([*cases[:2], *cases], scored((8, 5), (9, 8, 6), (8, 5), (9, 8, 6), (4, 5), (9, 7, 6)))
+    margins = (2 * math.tanh(2 / 1 - 1) + math.tanh(-1 / 2 - 1)) / 3  # prompt 1 drawn twice by a bootstrap
+    assert twice == pytest.approx(0.3 * 1 + (0.3 + 0.2 + 0.2) * 2 / 3 + 0.01 * margins)
     four = [case("Math", (1.0, 0.0, 0.0, 0.0))] * 2
     assert metrics.reward_bench_2(four, scored((5, 5, 1, 1), (1, 2, 1, 1)))["Math"] == 0.25
 
@@ -126,7 +129,9 @@ def test_auc_counts_ties_as_half():
     assert math.isnan(metrics.auc([1, 2], [True, True]))
     cases = [case("a", (1.0,)), case("a", (0.0,)), case("b", (1.0,)), case("b", (0.0,))]
     found = metrics.real_mistake(cases, scored((7,), (3,), None, (1,)))
-    assert found == {"a": 1.0, "b": 0.0, "mean of subsets": 0.5, "score": 0.5}  # without a score it stands below all
+    assert found == {"a": 1.0, "b": 0.0, "mean of subsets": 0.5, "score": 0.5}
+    assert metrics.real_mistake(cases, scored((7,), None, (8,), (1,)))["score"] == 0.5  # an unread error is not told
+    assert metrics.real_mistake(cases, [Scored(None)] * 4)["score"] == 0  # nor is it a draw
 
 
 def test_a_judge_without_a_clue_is_at_chance_and_one_who_knows_at_1():
@@ -181,6 +186,7 @@ def test_ppe(tmp_path):
     found = BENCHMARKS["ppe_preference"](str(tmp_path / "human"))
     assert [(c.example.scores, c.subset) for c in found.cases] == [((0.0, 1.0), "English")]
     assert found.dropped == {"tie": 1}
+    assert found.missing() == {"all": (2, 16_038)}  # those that are dropped are official too
     row = {
         "question_id": 5, "prompt": "?", "response_1": "a", "response_2": "b", "response_3": "c",
         "scores": [False, True, False], "sampled_conflict_pairs": [[1, 0], [2, 1]],
@@ -224,6 +230,8 @@ def test_rm_bench_judge_bench_llm_bar_and_real_mistake(tmp_path):
     )
     (found,) = BENCHMARKS["rm_bench"](str(tmp_path / "rm")).cases
     assert (found.example.responses, found.subset) == (tuple("abcdef"), "code")
+    assert sum(KINDS["rm_bench"].official.values()) == 1_327
+    assert sum(KINDS["judge_bench"].official.values()) == 350
     row = {
         "pair_id": "p",
         "source": "livebench-math-x",
@@ -263,7 +271,7 @@ def test_generic_preferences(tmp_path):
 def test_a_prepared_benchmark_is_the_same_and_needs_no_tensorflow(tmp_path, capsys):
     row = {"input": "é?", "output_1": "a", "output_2": "b", "label": 2}
     write(tmp_path / "lb/LLMBar/Natural/dataset.json", [row | {"output_1": f"a{i}"} for i in range(5)])
-    folder = str(tmp_path / "prepared/llm_bar/1.0.0")
+    folder = str(tmp_path / "prepared/llm_bar/1.1.0")
     named = ["--benchmark", "llm_bar", "--data", str(tmp_path / "lb")]
     assert main(["prepare", *named, "--output", str(tmp_path / "prepared")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == folder
@@ -275,8 +283,76 @@ def test_a_prepared_benchmark_is_the_same_and_needs_no_tensorflow(tmp_path, caps
     assert [(item.source, item.scores) for item in trained_on] == [("Natural", (0.0, 1.0))] * 5
     with pytest.raises(DataError, match="holds llm_bar, not rmb: give --benchmark llm_bar"):
         load("rmb", folder)
+    assert main(["prepare", *named, "--output", str(tmp_path / "prepared")]) == 0
+    write(tmp_path / "lb/LLMBar/Natural/dataset.json", [row])
+    assert main(["prepare", *named, "--output", str(tmp_path / "prepared")]) == 2
+    assert "1.1.0 was prepared from other data" in " ".join(capsys.readouterr().err.split())
+    write(
+        tmp_path / "my/own.jsonl",
+        [{"prompt": "?", "responses": ["a", "b"], "scores": [1, 0], "source": "S", "strength": 2}],
+    )
+    mine = prepared.prepare("preferences", str(tmp_path / "my/own.jsonl"), str(tmp_path / "prepared"))
+    assert load("preferences", mine) == load("preferences", str(tmp_path / "my/own.jsonl"))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/dataset_info.json").write_text('{"builder_name": "json", "features": {"a": 1}}')
+    with pytest.raises(DataError, match="not of tensorflow-datasets"):
+        load("preferences", str(tmp_path / "hub"))
     with pytest.raises(FileNotFoundError, match="reward-bench"):
-        prepared.prepare("reward_bench", str(tmp_path), str(tmp_path / "prepared"))
+        prepared.prepare("reward_bench", str(tmp_path / "lb"), str(tmp_path / "prepared"))
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path):
+    row = {"prompt": "a\u2028b\x85c?", "chosen": "x\u2029", "rejected": "y"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    (found,) = BENCHMARKS["preferences"](str(tmp_path)).cases
+    assert (found.example.messages[0].content, found.example.responses) == (row["prompt"], ("x\u2029", "y"))
+
+
+def test_equal_conversations_are_one_query(tmp_path):
+    rows = [{"prompt": prompt, "chosen": f"x{i}", "rejected": "y"} for i, prompt in enumerate(["a", "b", "a"])]
+    write(tmp_path / "x.jsonl", rows)
+    first, second, third = BENCHMARKS["preferences"](str(tmp_path)).cases
+    assert first.group == third.group != second.group
+    row = {"prompt": "?", "chosen": ["a"], "rejected": ["b"], "subset": "Ties"}
+    write(
+        tmp_path / "two/x.jsonl", [row | {"id": "ref:7"}, row | {"id": "tied:7", "prompt": "!"}, row | {"id": "ref:8"}]
+    )
+    assert [c.group for c in BENCHMARKS["reward_bench_2"](str(tmp_path / "two")).cases] == [
+        "Ties/7",
+        "Ties/7",
+        "Ties/8",
+    ]
+
+
+def test_a_file_is_not_taken_for_a_benchmark_of_several_kinds(tmp_path):
+    write(tmp_path / "PPE-MATH-Best-of-K.jsonl", [{"prompt": "?"}])
+    for name in ("ppe_correctness", "rmb"):
+        with pytest.raises(FileNotFoundError, match=r"is one file, and a folder with .* is due: (download|take)"):
+            BENCHMARKS[name](str(tmp_path / "PPE-MATH-Best-of-K.jsonl"))
+
+
+_TWO = {"id": "a", "subset": "Math", "prompt": "?", "rejected": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("reward_bench_2", _TWO | {"chosen": None}, "'chosen' is a list"),
+        ("reward_bench_2", _TWO | {"chosen": "abc"}, "'chosen' is a list"),
+        (
+            "rm_bench",
+            {"id": 1, "domain": "chat", "prompt": "?", "chosen": "abc", "rejected": "def"},
+            "'chosen' is a list",
+        ),
+        ("real_mistake", {"input": "?", "llm_response": "a", "error_label": "error", "metadata": None}, "other types"),
+    ],
+)
+def test_a_row_of_other_types_is_named_with_the_way_to_the_files(tmp_path, name, row, said):
+    write(tmp_path / "x.jsonl", [row])
+    with pytest.raises(
+        DataError, match=rf"official files have them; (download|take|unpack)[^\n]*\n.*x.jsonl:1: .*{said}"
+    ):
+        BENCHMARKS[name](str(tmp_path))
 
 
 def test_the_command_line_knows_every_benchmark():
@@ -289,8 +365,8 @@ def test_what_is_missing_or_wrong_is_named(tmp_path):
     write(tmp_path / "x.jsonl", [{"prompt": "?", "chosen": "a"}])
     with pytest.raises(DataError, match=r"x.jsonl:1: a row has the key 'subset'; found chosen, prompt"):
         BENCHMARKS["reward_bench"](str(tmp_path))
-    (tmp_path / "x.jsonl").write_text("{")
-    with pytest.raises(DataError, match="give the official file"):
+    (tmp_path / "x.jsonl").write_text("\n{")
+    with pytest.raises(DataError, match=r"x.jsonl:2: .*; give the official file"):
         BENCHMARKS["reward_bench"](str(tmp_path))
     write(
         tmp_path / "y/total_dataset.json",

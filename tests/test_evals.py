@@ -83,6 +83,25 @@ def test_values_and_logits_have_their_own_votes():
     assert table.kept(found, k_meta=2).tolist() == [[False, True, True]]
 
 
+def test_a_guided_vote_of_one_order_keeps_half_of_that_order():
+    """Eight judgments in both orders by turns; those that are right have the highest logits."""
+    cases = [dataclasses.replace(pair(i), subset="Natural") for i in range(2)]
+    scores = {0: (1, 9), 1: (1, 9), 2: (1, 9), 3: (1, 9), 4: (9, 1), 5: (1, 9), 6: (9, 1), 7: (9, 1)}
+    rows = [judgment(c, j, s, first=j % 2, logit=float(s[0]) - j / 9) for c in cases for j, s in scores.items()]
+    found = table.table_of(cases, rows)
+    first, second = table.by_order(found)["guided"]
+    assert first.sums[0, -1].tolist() == [18, 2]  # judgments 4 and 6 of 0, 2, 4, 6
+    assert second.sums[0, -1].tolist() == [10, 10]  # 1 and 7 of 1, 3, 5, 7
+    assert [v.valid[0].tolist() for v in (first, second)] == [[1, 1, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]]
+    assert [v.sums[0, -1].tolist() for v in table.by_order(found, k_meta=2)["guided"]] == [[9, 1], [9, 1]]
+    by_order = table.by_order(found)
+    plain, guided = (
+        metrics.llm_bar(cases, table.scored(found, table.votes(found)[way], 8, by_order[way]))["score"]
+        for way in ("voting", "guided")
+    )
+    assert (plain, guided) == (0.25, 0.75)
+
+
 def scripted(judge, count: int = 400, k: int = 4, seed: int = 0):
     """A benchmark of pairs and what `judge(case, first, rng)` says of each, k times in both orders by turns."""
     rng = random.Random(seed)
@@ -217,13 +236,15 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     text = (tmp_path / "out/report.md").read_text()
     assert "**These totals are no score of the benchmark. Rows that differ from the official set: Natural 3 of" in text
     assert "mean (no score of the benchmark)" in text
+    assert f"; data {folder / 'LLMBar'}" in text
     page = (tmp_path / "out/report.html").read_text()
     shown = json.loads(re.search(r'id="data">(.*)</script>\n<script>', page, re.DOTALL)[1])
     assert len(shown["cases"]) == 5
     assert [len(case["judgments"]) for case in shown["cases"]] == [4] * 5
     assert page.count("<polyline") == 2
     samples = read_samples(str(tmp_path / "out/judgments.jsonl"))
-    assert all(sample.forced and sample.group == sample.id for sample in samples)
+    assert all(sample.forced for sample in samples)
+    assert len({sample.group for sample in samples}) == report["queries"] == 3  # "1?" and "2?" stand in both subsets
 
     rows = tmp_path / "out/judgments.jsonl"
     seconds = sum(sample.seconds for sample in samples)

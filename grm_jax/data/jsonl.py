@@ -94,7 +94,7 @@ def parse_row(row: object, default_id: str) -> Example:
         messages, responses = _pair(row)
     else:
         messages = conversation_of(row)
-        responses = tuple(text_of(text, "responses") for text in _list(row["responses"], "responses"))
+        responses = tuple(text_of(text, "responses") for text in list_of(row["responses"], "responses"))
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise RowError(asdict(messages[-1]), "a conversation ends with a turn of the user, which is not blank")
     return Example(
@@ -157,14 +157,14 @@ def text_of(value: object, key: str) -> str:
     return value
 
 
-def _list(value: object, key: str) -> list[Any]:
+def list_of(value: object, key: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise RowError(value, f"'{key}' is a list that is not empty")
     return value
 
 
 def turns_of(value: object, key: str) -> tuple[Message, ...]:
-    for turn in _list(value, key):
+    for turn in list_of(value, key):
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise RowError(turn, f"a turn of '{key}' is an object with 'role' and 'content'")
         if turn["role"] not in ROLES:

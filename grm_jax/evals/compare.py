@@ -45,7 +45,7 @@ def run(config: CompareConfig) -> None:
 def side_of(folder: str, vote: str) -> Side:
     """What a report's folder says of each case after all of its judgments. Raises ValueError for a vote that it lacks."""
     rows: Sequence[Sample] = read_samples(str(epath.Path(folder) / JUDGMENTS))
-    cases = list({row.id: Case(row.example, row.source, row.group or row.id) for row in rows}.values())
+    cases = tables.cases_of(rows)
     table = tables.table_of(cases, rows)
     k_meta = protocol_of(folder)["k_meta"]
     ways = tables.votes(table, k_meta)

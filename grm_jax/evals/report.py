@@ -19,7 +19,7 @@ def whole(
         "benchmark": benchmark.name,
         "cases": len(benchmark.cases),
         "queries": len({case.group for case in benchmark.cases}),
-        "complete": bool(benchmark.kind.official) and not missing and not protocol.get("limit"),
+        "complete": bool(benchmark.kind.official or benchmark.kind.rows) and not missing,
         "missing": missing,
         "dropped": dict(benchmark.dropped),
         "protocol": dict(protocol),
@@ -37,10 +37,11 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     forced = "forced" if protocol["force_scores"] else "not forced"
     orders = f"{protocol['orders']} orders of each case" if protocol.get("orders") else "orders"
     forced += ", and those counted as unread" if protocol.get("drop_forced") else ""
+    data = f"; data {protocol['data']}" if protocol.get("data") else ""
     return (
         f"{protocol['votes']} judgments a case at temperature {protocol['temperature']:g}, responses in {orders} drawn by "
         f"seed {protocol['seed']}, scores {forced}, ties by expectation, unread verdicts worth nothing; model "
-        f"{protocol['model']} (weights {protocol['weights']}){guide}; templates {templates}"
+        f"{protocol['model']} (weights {protocol['weights']}){guide}; templates {templates}{data}"
     )
 
 
@@ -78,6 +79,8 @@ def warning(report: Mapping[str, Any]) -> str:
     if report["complete"]:
         return ""
     said = "; ".join(f"{name} {n['rows']} of {n['official']}" for name, n in report["missing"].items())
+    if limit := report["protocol"].get("limit"):
+        said = f"limited to {limit} queries" + f"; {said}" * bool(said)
     unknown = "Whether all official rows are here is not known."
     why = f"Rows that differ from the official set: {said}." if said else unknown
     return f"These totals are no score of the benchmark. {why}"

@@ -77,9 +77,7 @@ def again(config: EvalConfig) -> None:
             raise DataError(f"{place} was judged without forced scores: leave --drop-forced out")
         protocol["drop_forced"] = True
     name = config.benchmark or protocol["benchmark"]
-    of_id = {row.id: row for row in rows}
-    cases = [Case(row.example, row.source, row.group or row.id) for row in of_id.values()]
-    benchmark = Benchmark(name, cases, KINDS[name], protocol["dropped"])
+    benchmark = Benchmark(name, table.cases_of(rows), KINDS[name], protocol["dropped"])
     once = _read(str(greedy), config.drop_forced) if greedy.exists() else []
     if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol)
@@ -147,7 +145,7 @@ def judged(
             digest = opened().digest()
             if hosts.is_first():
                 known = _record(config, benchmark, settings, templates)
-                _write(f"{config.output}/protocol.json", known | {"weights": digest})
+                _write(f"{config.output}/protocol.json", known | {"data": config.data, "weights": digest})
             together = greedy and opened().draws_greedy_beside and alone.votes <= settings.votes
             _judge(opened(), main, greedy if together else None, templates)
         if greedy and greedy.lacks:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from grm_jax import voting
-from grm_jax.data.benchmarks import Case, Kind, Scored
+from grm_jax.data.benchmarks import Case, Kind, Scored, query_of
 from grm_jax.spct.sample import Sample
 
 
@@ -45,6 +45,12 @@ class Votes:
 
     sums: Float[np.ndarray, "E K N"]
     valid: Int[np.ndarray, "E K"]
+
+
+def cases_of(rows: Sequence[Sample]) -> list[Case]:
+    """The cases that these rows judge; a row without a group is of its conversation's."""
+    found = {row.id: row for row in rows}.values()
+    return [Case(row.example, row.source, row.group or query_of(row.example.messages)) for row in found]
 
 
 def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
@@ -87,23 +93,32 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
     )
 
 
-def votes(table: Table, k_meta: int | None = None) -> dict[str, Votes]:
-    """Every way to vote that the judgments allow: `voting`, `expected` (values), `guided` and `softmax` (logits)."""
+def votes(table: Table, k_meta: int | None = None, among: Bool[np.ndarray, "E K"] | None = None) -> dict[str, Votes]:
+    """Every way to vote that the judgments allow: `voting`, `expected` (values), `guided` and `softmax` (logits).
+
+    among: the judgments that there are, as if the others had never been drawn; k_meta counts in these.
+    """
+    if among is not None:
+        table = dataclasses.replace(table, valid=table.valid & among)
     given = table.valid, table.counts
     found = {"voting": voting.vote_batch(table.scores, *given)}
     if table.values is not None:
         found["expected"] = voting.vote_batch(table.values, *given)
     if table.logits is not None:
-        found["guided"] = voting.guided_batch(table.scores, *given, table.logits, k_meta)[0]
+        found["guided"] = voting.guided_batch(table.scores, *given, table.logits, k_meta, among)[0]
         found["softmax"] = voting.softmax_weighted_batch(table.scores, *given, table.logits)
     return {name: Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for name, tally in found.items()}
 
 
 def by_order(table: Table, k_meta: int | None = None) -> dict[str, list[Votes]]:
-    """Every way to vote over the judgments alone that showed response i first, for i = 0 and 1; rewards know no order."""
+    """Every way to vote over the judgments alone that showed response i first, for i = 0 and 1; rewards know no order.
+
+    Of each order a guided vote keeps half of what was drawn in it, or half of k_meta.
+    """
     if table.rewards:
         return {name: [found, found] for name, found in votes(table).items()}
-    parts = [votes(dataclasses.replace(table, valid=table.valid & (table.first == i)), k_meta) for i in (0, 1)]
+    half = None if k_meta is None else -(-k_meta // 2)
+    parts = [votes(table, half, table.first == i) for i in (0, 1)]
     return {name: [part[name] for part in parts] for name in parts[0]}
 
 

@@ -1,9 +1,9 @@
 """Official benchmark files as cases to judge, and their metrics."""
 
-from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind, Scored
+from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind, Scored, query_of
 from grm_jax.data.benchmarks.loaders import BENCHMARKS, KINDS
 
-__all__ = ["BENCHMARKS", "KINDS", "Benchmark", "Case", "Kind", "Scored", "load"]
+__all__ = ["BENCHMARKS", "KINDS", "Benchmark", "Case", "Kind", "Scored", "load", "query_of"]
 
 
 def load(name: str, data: str) -> Benchmark:

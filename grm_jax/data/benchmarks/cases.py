@@ -6,9 +6,12 @@ Letters: N responses of a case.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from grm_jax.datatypes import Example
+from grm_jax.datatypes import Example, Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,12 @@ class Case:
     example: Example
     subset: str
     group: str
+
+
+def query_of(messages: Sequence[Message]) -> str:
+    """The group of a case that no file gives another: equal conversations are one query."""
+    said = json.dumps([(message.role, message.content) for message in messages])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +46,14 @@ Metric = Callable[[Sequence[Case], Sequence[Scored]], dict[str, float]]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """What is known of a benchmark without its files: the metric (numbers by name, the total as `score`), the judgments of
-    a case that it needs, and the number of rows that each subset officially has, where that is known.
+    a case that it needs, and the number of cases that each subset officially has, or that of all rows, those that are
+    dropped too, where that is known.
     """
 
     metric: Metric
     least: int = 1
     official: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +69,10 @@ class Benchmark:
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def missing(self) -> dict[str, tuple[int, int]]:
-        """(Rows here, rows officially) of each subset where they differ; empty where nothing official is known.
-
-        A row is a group: one row may be several cases.
-        """
-        here: dict[str, set[str]] = {}
-        for case in self.cases:
-            here.setdefault(case.subset, set()).add(case.group)
-        counts = {subset: len(here.get(subset, ())) for subset in self.kind.official}
-        return {subset: (counts[subset], rows) for subset, rows in self.kind.official.items() if counts[subset] != rows}
+        """(Rows here, rows officially) of each subset where they differ; empty where nothing official is known."""
+        here = Counter(case.subset for case in self.cases)
+        found = {subset: (here[subset], rows) for subset, rows in self.kind.official.items() if here[subset] != rows}
+        whole = len(self.cases) + sum(self.dropped.values())
+        if self.kind.rows not in (None, whole):
+            found["all"] = whole, self.kind.rows
+        return found

@@ -18,14 +18,16 @@ Found = TypeVar("Found")
 _REGEX = {"**/": "(?:.*/)?", "*": "[^/]*"}
 
 
-def find(folder: str, patterns: Sequence[str], where: str) -> list[epath.Path]:
+def find(folder: str, patterns: Sequence[str], where: str, several: bool = False) -> list[epath.Path]:
     """The files of the first pattern that any file below the folder matches, in the order of their names; a file is itself.
 
-    In a pattern `*` stands for a part of a name and `**/` for any folders. Raises FileNotFoundError, with the patterns and
-    `where` to get the files.
+    In a pattern `*` stands for a part of a name and `**/` for any folders. several: the benchmark has files of several
+    kinds, and one cannot be all of it. Raises FileNotFoundError, with the patterns and `where` to get the files.
     """
     root = epath.Path(folder).expanduser()
     if root.is_file():
+        if several:
+            raise FileNotFoundError(f"{folder} is one file, and a folder with {' or '.join(patterns)} is due: {where}")
         return [root]
     files = dict(sorted(_below(root))) if root.exists() else {}
     for pattern in patterns:
@@ -57,7 +59,8 @@ def rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
             found = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
         elif name.endswith(".jsonl"):
-            found = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            yield from _lines(path, data)
+            return
         else:
             found = json.loads(data.decode("utf-8-sig"))
     except (ValueError, EOFError, OSError, zlib.error) as error:  # Arrow's errors are ValueErrors and OSErrors
@@ -67,8 +70,23 @@ def rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(found, 1)
 
 
-def parsed(paths: Sequence[epath.Path], parse: Callable[[epath.Path, int, dict[str, Any]], list[Found]]) -> list[Found]:
-    """What `parse` makes of all rows, several or none of each. Raises DataError that lists the rows it refuses."""
+def _lines(path: epath.Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    """Lines end with a line feed alone: JSON's strings may hold the other characters that end lines elsewhere."""
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line := line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"cannot read {path}:{number}: {error}; give the official file") from error
+
+
+def parsed(
+    paths: Sequence[epath.Path], parse: Callable[[epath.Path, int, dict[str, Any]], list[Found]], where: str
+) -> list[Found]:
+    """What `parse` makes of all rows, several or none of each.
+
+    Raises DataError that lists the rows it refuses, and says `where` to get the files.
+    """
     found: list[Found] = []
     bad: list[BadRow] = []
     for path in paths:
@@ -79,10 +97,14 @@ def parsed(paths: Sequence[epath.Path], parse: Callable[[epath.Path, int, dict[s
                 found += parse(path, number, row)
             except KeyError as error:
                 bad.append(BadRow(str(path), number, ", ".join(sorted(row)), f"a row has the key {error}"))
+            except (TypeError, IndexError, AttributeError) as error:  # null, or text, where the files have a list
+                bad.append(
+                    BadRow(str(path), number, RowError(row, "").value, f"a row's values have other types ({error})")
+                )
             except RowError as error:
                 bad.append(BadRow(str(path), number, error.value, error.rule))
     if bad:
         listed = "".join(f"\n  {row}" for row in bad[:SHOWN_ROWS])
         more = f"\n  and {len(bad) - SHOWN_ROWS} more" * (len(bad) > SHOWN_ROWS)
-        raise DataError(f"{len(bad)} rows are not as the official files have them:{listed}{more}", bad)
+        raise DataError(f"{len(bad)} rows are not as the official files have them; {where}:{listed}{more}", bad)
     return found

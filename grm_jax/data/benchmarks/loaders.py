@@ -16,9 +16,9 @@ from typing import Any
 from etils import epath
 
 from grm_jax.data.benchmarks import metrics
-from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind
+from grm_jax.data.benchmarks.cases import Benchmark, Case, Kind, query_of
 from grm_jax.data.benchmarks.files import find, parsed
-from grm_jax.data.jsonl import DataError, RowError, conversation_of, id_of, parse_row, text_of, turns_of
+from grm_jax.data.jsonl import DataError, RowError, conversation_of, id_of, list_of, parse_row, text_of, turns_of
 from grm_jax.datatypes import Example, Message
 
 KINDS: dict[str, Kind] = {
@@ -31,11 +31,18 @@ KINDS: dict[str, Kind] = {
         metrics.reward_bench_2,
         official={"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102},
     ),
-    "ppe_preference": Kind(metrics.preferences),
+    "ppe_preference": Kind(metrics.preferences, rows=16_038),
     "ppe_correctness": Kind(metrics.ppe_correctness),
     "rmb": Kind(metrics.rmb),
-    "rm_bench": Kind(metrics.rm_bench),
-    "judge_bench": Kind(metrics.judge_bench, least=2),
+    "rm_bench": Kind(
+        metrics.rm_bench,
+        official={"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157},
+    ),
+    "judge_bench": Kind(  # split gpt
+        metrics.judge_bench,
+        least=2,
+        official={"mmlu-pro": 154, "livebench-reasoning": 98, "livebench-math": 56, "livecodebench": 42},
+    ),
     "real_mistake": Kind(
         metrics.real_mistake,
         official={
@@ -58,8 +65,9 @@ _HUB = "download it from the dataset hub as parquet or JSON Lines: "
 
 def reward_bench(folder: str) -> Benchmark:
     """RewardBench 1: rows {prompt, chosen, rejected, subset, id}, split `filtered`; the prior sets are left out."""
-    patterns = ("**/filtered*.parquet", "**/filtered*.jsonl*", "**/*.parquet", "**/*.jsonl*")
-    paths = find(folder, patterns, f"{_HUB}allenai/reward-bench, split filtered")
+    patterns = ("**/filtered*.parquet", "**/filtered/*.parquet", "**/filtered*.jsonl*", "**/*.parquet", "**/*.jsonl*")
+    where = f"{_HUB}allenai/reward-bench, split filtered"
+    paths = find(folder, patterns, where)
     counts = KINDS["reward_bench"].official
     dropped: Counter[str] = Counter()
 
@@ -73,29 +81,31 @@ def reward_bench(folder: str) -> Benchmark:
             _case(f"{subset}/{id_of(row.get('id', number))}", _messages(row["prompt"]), responses, (1.0, 0.0), subset)
         ]
 
-    return _benchmark("reward_bench", parsed(paths, parse), dropped)
+    return _benchmark("reward_bench", parsed(paths, parse, where), dropped)
 
 
 def reward_bench_2(folder: str) -> Benchmark:
     """RewardBench 2: rows {id, prompt, chosen: [...], rejected: [...], subset}; ids of `Ties` are ref:N and tied:N."""
-    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), f"{_HUB}allenai/reward-bench-2")
+    where = f"{_HUB}allenai/reward-bench-2"
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         subset, id = text_of(row["subset"], "subset"), id_of(row["id"])
-        right, wrong = ([text_of(text, key) for text in row[key]] for key in ("chosen", "rejected"))
-        if not right or not wrong:
-            raise RowError(len(right), "a row has right and wrong responses")
-        if subset == "Ties" and id.partition(":")[0] not in ("ref", "tied"):
+        right, wrong = ([text_of(text, key) for text in list_of(row[key], key)] for key in ("chosen", "rejected"))
+        kind, _, prompt = id.partition(":")
+        if subset == "Ties" and kind not in ("ref", "tied"):
             raise RowError(id, "an id of Ties is ref:N or tied:N")
         labels = (1.0,) * len(right) + (0.0,) * len(wrong)
-        return [_case(f"{subset}/{id}", _messages(row["prompt"]), (*right, *wrong), labels, subset)]
+        group = f"Ties/{prompt}" if subset == "Ties" else None  # both rows of a prompt make its numbers
+        return [_case(f"{subset}/{id}", _messages(row["prompt"]), (*right, *wrong), labels, subset, group)]
 
-    return _benchmark("reward_bench_2", parsed(paths, parse))
+    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), where)
+    return _benchmark("reward_bench_2", parsed(paths, parse, where))
 
 
 def ppe_preference(folder: str) -> Benchmark:
     """PPE human preference: rows {question_id, prompt, response_1, response_2, winner, language}; ties are dropped."""
-    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), f"{_HUB}lmarena-ai/PPE-Human-Preference-V1")
+    where = f"{_HUB}lmarena-ai/PPE-Human-Preference-V1"
+    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), where)
     labels = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
     dropped: Counter[str] = Counter()
 
@@ -110,7 +120,7 @@ def ppe_preference(folder: str) -> Benchmark:
         id = id_of(row.get("question_id", number))
         return [_case(id, _messages(row["prompt"]), responses, labels[winner], str(row.get("language") or "all"))]
 
-    return _benchmark("ppe_preference", parsed(paths, parse), dropped)
+    return _benchmark("ppe_preference", parsed(paths, parse, where), dropped)
 
 
 def ppe_correctness(folder: str) -> Benchmark:
@@ -123,7 +133,7 @@ def ppe_correctness(folder: str) -> Benchmark:
     cases: list[Case] = []
     for name in names:
         patterns = (f"*{name}*/**/*.parquet", f"*{name}*/**/*.jsonl*", f"*{name}*.parquet", f"*{name}*.jsonl*")
-        cases += parsed(find(folder, patterns, where), _conflicts(name))
+        cases += parsed(find(folder, patterns, where, several=True), _conflicts(name), where)
     return _benchmark("ppe_correctness", cases)
 
 
@@ -149,8 +159,8 @@ def rmb(folder: str) -> Benchmark:
     cases: list[Case] = []
     for part in ("Helpfulness", "Harmlessness"):
         for kind, parse in (("Pairwise_set", _rmb_pair), ("BoN_set", _rmb_list)):
-            paths = find(folder, (f"**/{kind}/{part}/**/*.json",), where)
-            cases += parsed(paths, lambda path, number, row, p=part, of=parse: of(p, row))
+            paths = find(folder, (f"**/{kind}/{part}/**/*.json",), where, several=True)
+            cases += parsed(paths, lambda path, number, row, p=part, of=parse: of(p, row), where)
     return _benchmark("rmb", cases)
 
 
@@ -161,7 +171,7 @@ def _rmb_pair(part: str, row: Mapping[str, Any]) -> list[Case]:
 
 
 def _rmb_list(part: str, row: Mapping[str, Any]) -> list[Case]:
-    losers = [text_of(loser["answer"], "loser_list") for loser in row["loser_list"]]
+    losers = [text_of(loser["answer"], "loser_list") for loser in list_of(row["loser_list"], "loser_list")]
     responses, labels = (text_of(row["bon_best"]["answer"], "bon_best"), *losers), (1.0,) + (0.0,) * len(losers)
     subset, id = f"{part} BoN", id_of(row["bon_uid"])
     return [_case(f"{subset}/{id}", _messages(row["conversation_input"]), responses, labels, subset)]
@@ -177,13 +187,13 @@ def rm_bench(folder: str) -> Benchmark:
             messages, responses, domain = example.messages, example.responses, text_of(row["subset"], "subset")
         else:
             messages, domain = _messages(row["prompt"]), text_of(row["domain"], "domain")
-            responses = tuple(text_of(text, key) for key in ("chosen", "rejected") for text in row[key])
+            responses = tuple(text_of(text, key) for key in ("chosen", "rejected") for text in list_of(row[key], key))
         if len(responses) != 6:
             raise RowError(len(responses), "a row has three chosen and three rejected responses")
         return [_case(f"{domain}/{id_of(row['id'])}", messages, responses, (1.0,) * 3 + (0.0,) * 3, domain)]
 
     paths = find(folder, ("**/total_dataset.json*", "**/*.json", "**/*.jsonl*"), where)
-    return _benchmark("rm_bench", parsed(paths, parse))
+    return _benchmark("rm_bench", parsed(paths, parse, where))
 
 
 _JUDGE_BENCH = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
@@ -202,8 +212,14 @@ def judge_bench(folder: str) -> Benchmark:
         responses = text_of(row["response_A"], "response_A"), text_of(row["response_B"], "response_B")
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
-    patterns = ("**/data/*gpt*.jsonl*", "**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/*.jsonl*", "**/*.parquet")
-    return _benchmark("judge_bench", parsed(find(folder, patterns, where), parse))  # the repository has judgments too
+    patterns = (
+        "**/data/*gpt*.jsonl*",
+        "**/*gpt*.jsonl*",
+        "**/*gpt*.parquet",
+        "**/gpt/*.parquet",
+    )  # judgments lie beside
+    paths = find(folder, (*patterns, "**/*.jsonl*", "**/*.parquet"), where)
+    return _benchmark("judge_bench", parsed(paths, parse, where))
 
 
 def real_mistake(folder: str) -> Benchmark:
@@ -224,7 +240,7 @@ def real_mistake(folder: str) -> Benchmark:
         response = (text_of(row["llm_response"], "llm_response"),)
         return [_case(id, _messages(row["input"]), response, (labels[row["error_label"]],), subset)]
 
-    return _benchmark("real_mistake", parsed(find(folder, patterns, where), parse))
+    return _benchmark("real_mistake", parsed(find(folder, patterns, where), parse, where))
 
 
 def llm_bar(folder: str) -> Benchmark:
@@ -243,14 +259,13 @@ def llm_bar(folder: str) -> Benchmark:
         return [_case(f"{subset}/{number}", _messages(row["input"]), responses, labels, subset)]
 
     paths = find(folder, ("**/dataset.json", "**/*.json"), where)
-    return _benchmark("llm_bar", parsed(paths, parse))
+    return _benchmark("llm_bar", parsed(paths, parse, where))
 
 
 def preferences(folder: str) -> Benchmark:
     """Rows as `score` and training take them, with labels; those without a single best response are dropped."""
-    paths = find(
-        folder, ("**/*.jsonl*",), 'give JSON Lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
-    )
+    where = 'give JSON Lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    paths = find(folder, ("**/*.jsonl*",), where)
     dropped: Counter[str] = Counter()
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
@@ -261,9 +276,9 @@ def preferences(folder: str) -> Benchmark:
             dropped["no single best response"] += 1
             return []
         subset = text_of(row["subset"], "subset") if row.get("subset") else example.source or path.name.split(".")[0]
-        return [Case(example, subset, example.id)]
+        return [Case(example, subset, query_of(example.messages))]
 
-    cases = parsed(paths, parse)
+    cases = parsed(paths, parse, where)
     again = [id for id, count in Counter(case.example.id for case in cases).items() if count > 1]
     if again:
         raise DataError(
@@ -282,8 +297,7 @@ def _benchmark(name: str, cases: list[Case], dropped: Mapping[str, int] = Mappin
             continue
         new = next(found for n in itertools.count(seen[id]) if (found := f"{id}#{n}") not in taken)
         taken.add(new)
-        group = new if case.group == id else case.group
-        cases[i] = dataclasses.replace(case, example=dataclasses.replace(case.example, id=new), group=group)
+        cases[i] = dataclasses.replace(case, example=dataclasses.replace(case.example, id=new))
     return Benchmark(name, cases, KINDS[name], dropped)
 
 
@@ -291,7 +305,7 @@ def _case(
     id: str, messages: tuple[Message, ...], responses: tuple[str, ...], labels: tuple[float, ...], subset: str,
     group: str | None = None,
 ) -> Case:  # fmt: skip
-    return Case(Example(id, messages, responses, labels), subset, group or id)
+    return Case(Example(id, messages, responses, labels), subset, group or query_of(messages))
 
 
 def _messages(prompt: object) -> tuple[Message, ...]:

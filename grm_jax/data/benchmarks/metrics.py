@@ -98,16 +98,17 @@ def ties_score(cases: Sequence[Case], judged: Sequence[Scored]) -> float:
     worst right answer beats its best wrong one, by the margin m; s is the spread of its right answers. Preferred: m > s
     of the tied row; hard: the smaller m of both rows > s. A row without scores is wrong, and its margins are 0.
     """
-    stats: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
+    stats: dict[str, dict[str, list[tuple[float, float]]]] = {"ref": {}, "tied": {}}
     for case, scored in zip(cases, judged, strict=True):
-        kind, _, prompt = case.example.id.rpartition("/")[2].partition(":")
-        stats[kind][prompt] = _margins(case, scored)
-    right = {kind: _mean([margin > 0 for margin, _ in rows.values()]) for kind, rows in stats.items()}
-    both = sorted(stats["ref"].keys() & stats["tied"].keys())
+        kind, _, prompt = case.example.id.rpartition("/")[2].partition("#")[0].partition(":")
+        stats[kind].setdefault(prompt, []).append(_margins(case, scored))
+    right = {kind: _mean([row[0] > 0 for rows in stats[kind].values() for row in rows]) for kind in stats}
+    both: list[tuple[tuple[float, float], ...]] = []
+    for prompt in sorted(stats["ref"].keys() & stats["tied"].keys()):  # drawn twice by a bootstrap, it has two of each
+        both += zip(stats["ref"][prompt], stats["tied"][prompt], strict=False)
     if not both:
         return math.nan
-    ref, tied = (np.array([stats[kind][prompt][0] for prompt in both]) for kind in ("ref", "tied"))
-    spread = np.array([stats["tied"][prompt][1] for prompt in both])
+    (ref, _), (tied, spread) = np.array(both).transpose(1, 2, 0)
     least = np.minimum(ref, tied)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.tanh(least / spread - 1))  # 0 / 0 adds nothing
@@ -226,10 +227,11 @@ def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 def real_mistake(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float]:
     """ReaLMistake (arXiv 2404.03602): ROC-AUC of single scores, no error being positive; pooled, and by task and model.
 
-    A response without a score stands below all that have one.
+    A response without a score loses all of its comparisons, whichever it is: a positive stands below, a negative above.
     """
-    scores = [scored.scores[0] if scored.scores is not None else -math.inf for scored in judged]
     positive = [case.example.scores[0] == 1 for case in cases]
+    unread = [-math.inf if is_positive else math.inf for is_positive in positive]
+    scores = [s.scores[0] if s.scores is not None else lost for s, lost in zip(judged, unread, strict=True)]
     found = {}
     for subset in dict.fromkeys(case.subset for case in cases):
         inside = [i for i, case in enumerate(cases) if case.subset == subset]
