@@ -66,6 +66,21 @@ def single(example: Example, i: int) -> Example:
     return Example(f"{example.id}/{i}", example.messages, (example.responses[i],), None, example.reference)
 
 
+def checker(kind: Baseline, path: str) -> Callable[[Example], None]:
+    """What raises ValueError for an example that the model in this folder has no place for. Its template alone is read."""
+    template = None if kind == "bradley_terry" else scalar_rm.template_of(path, PAIR if kind == "pair_rm" else CRITIQUE)
+
+    def check(example: Example) -> None:
+        if kind == "pair_rm":
+            if len(example.responses) < 2:
+                raise ValueError(f"{example.id!r} has one response: a pair RM compares two or more")
+            prompts.check_places(dataclasses.replace(example, responses=example.responses[:2], scores=None), template)
+        elif template:
+            prompts.check_places(single(example, 0), template)
+
+    return check
+
+
 @dataclasses.dataclass(frozen=True)
 class BradleyTerry:
     """One reward a response."""
@@ -100,7 +115,7 @@ class PairRm:
 
         def texts(example: Example) -> list[Ids]:
             if len(example.responses) < 2:
-                raise ValueError(f"{example.id!r} has one response: a pair RM compares, give two or more")
+                raise ValueError(f"{example.id!r} has one response: a pair RM compares two or more")
             return [pair_ids(self.tokenizer, self.template, example, i, j, limit) for i, j in _pairs(example)]
 
         yield from _scored(self.model, examples, texts, _mean_odds)

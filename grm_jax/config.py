@@ -86,11 +86,8 @@ class JudgeSettings:
 
     def record(self) -> dict[str, Any]:
         """What judgments depend on, for the record beside an output; `orders` is in it only where it is given."""
-        found = dataclasses.asdict(self)
-        del found["slots"]
-        if self.orders is None:
-            del found["orders"]
-        return found
+        left_out = {"slots"} if self.orders else {"slots", "orders"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def check_vote(self, guided: bool) -> None:
         """Raise ValueError for settings that a vote, guided by a meta RM or not, cannot have together."""
@@ -236,6 +233,11 @@ class EvalConfig(JudgeSettings):
             raise ValueError(
                 "drop_forced is for a report of judgments that are there: give --from, or --no-force-scores"
             )
+        if self.from_ is not None:
+            known = {"from_", "output", "drop_forced", "benchmark", "greedy"}
+            for field in dataclasses.fields(self):
+                if field.name not in known and (given := getattr(self, field.name)) != field.default:
+                    raise ValueError(f"{field.name} = {given} with --from: nothing is judged anew, leave it out")
         if self.benchmark is not None:
             _check_benchmark(self.benchmark)
         for name in ("limit", "devices"):

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -69,6 +70,11 @@ class MetaRm:
         ]
         found = iter(scalar_rm.scalars(self.model, texts))
         return [[next(found) for _ in judgments] for _, judgments in judged]
+
+
+def checker(path: str) -> Callable[[Example], None]:
+    """What raises ValueError for an example that the meta RM in this folder has no place for, by its template alone."""
+    return functools.partial(prompts.check_places, template=scalar_rm.template_of(path, TEMPLATE))
 
 
 def load(

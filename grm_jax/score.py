@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,24 +87,12 @@ def _judge_of(config: ScoreConfig, mesh: jax.sharding.Mesh) -> Callable[[list[Ex
 
 
 def _that_fit_templates(examples: list[Example], config: ScoreConfig) -> list[Example]:
-    """The examples that their template has places for. Raises DataError naming the others, unless they may be left out."""
-    if config.baseline:  # these choose their own; a pair RM alone cannot show everything
-        lone = [example.id for example in examples if len(example.responses) < 2 and config.baseline == "pair_rm"]
-        if lone and (not config.skip_bad or len(lone) == len(examples)):
-            raise DataError(
-                f"{len(lone)} rows have one response, the first {lone[0]!r}: a pair RM compares two or more", []
-            )
-        if lone:
-            logger.warning("%d rows of one response left out, the first: %s", len(lone), lone[0])
-        return [example for example in examples if example.id not in set(lone)]
-    template_of = {
-        n: prompts.load_template(config.template) if config.template else prompts.template_for(n, demos=False)
-        for n in {len(example.responses) for example in examples}
-    }
+    """The examples that their templates have places for. Raises DataError naming others, unless they may be left out."""
+    check = _check_of(config)
     fitting, faults = [], []
     for example in examples:
         try:
-            prompts.check_places(example, template_of[len(example.responses)])
+            check(example)
             fitting.append(example)
         except ValueError as error:
             faults.append(str(error))
@@ -112,6 +101,30 @@ def _that_fit_templates(examples: list[Example], config: ScoreConfig) -> list[Ex
     if faults:
         logger.warning("%d rows that do not fit the template left out, the first: %s", len(faults), faults[0])
     return fitting
+
+
+def _check_of(config: ScoreConfig) -> Callable[[Example], None]:
+    """What raises ValueError for an example that a template of the judge, its meta RM or a baseline has no place for."""
+    if config.baseline:
+        from grm_jax import baselines
+
+        return baselines.checker(config.baseline, config.model)
+    template_of = functools.cache(
+        lambda n: prompts.load_template(config.template) if config.template else prompts.template_for(n, demos=False)
+    )
+
+    check_guide = None
+    if config.meta_rm:
+        from grm_jax import meta_rm
+
+        check_guide = meta_rm.checker(config.meta_rm)
+
+    def check(example: Example) -> None:
+        prompts.check_places(example, template_of(len(example.responses)))
+        if check_guide:
+            check_guide(example)
+
+    return check
 
 
 def judge_settings(config: ScoreConfig) -> JudgeSettings:

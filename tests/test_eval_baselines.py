@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from test_evals import judgment, pair
 from tiny import LLAMA, tiny_model
 
-from grm_jax import baselines
+from grm_jax import baselines, meta_rm, prompts, scalar_rm
 from grm_jax.config import JudgeSettings
 from grm_jax.data.benchmarks import Case, Scored, load, metrics
 from grm_jax.datatypes import Judgment, Usage
@@ -168,8 +169,30 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
         ([*pairs, "--baseline", "bradley_terry", "--model", "/no/such"], "/no/such does not exist"),
         (
             ["--benchmark", "real_mistake", "--data", str(tmp_path), "--baseline", "pair_rm"],
-            "1 cases have one response, the first 't m/lone.jsonl-1': a pair RM compares two or more",
+            "1 cases do not fit the template: 't m/lone.jsonl-1' has one response: a pair RM compares two or more",
         ),
     ):
         assert main(["eval", "--output", str(tmp_path / "out"), *args]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", ["pair_rm", "cloud", "meta_rm"])
+def test_a_template_that_a_model_keeps_is_held_against_the_rows_first(tmp_path, capsys, kind):
+    """The folder has a template and no model: nothing else is read before the rows are known to fit."""
+    name = {"cloud": baselines.CRITIQUE, "pair_rm": baselines.PAIR, "meta_rm": meta_rm.TEMPLATE}[kind]
+    text = prompts.template_path(name).read_text()
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / scalar_rm.TEMPLATE_FILE).write_text(re.sub(r"{% if reference .*?{% endif %}\n", "", text, flags=re.DOTALL))
+    row = {"prompt": "?", "responses": ["a", "b"], "scores": [1, 0], "reference": "a"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asked = {"pair_rm": ["--model"], "cloud": ["--critic", "smollm2-135m", "--model"], "meta_rm": ["--meta-rm"]}[kind]
+    more = [*(["--baseline", kind] if kind != "meta_rm" else []), *asked, str(model)]
+    for command in (
+        ["score", "--input", str(tmp_path / "rows.jsonl")],
+        ["eval", "--benchmark", "preferences", "--data", str(tmp_path / "rows.jsonl")],
+    ):
+        assert main([*command, "--output", str(tmp_path / "out"), *more]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "do not fit the template" in said
+        assert "does not show 'reference'" in said

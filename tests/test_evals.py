@@ -267,6 +267,8 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
 
     assert main(["eval", "--from", str(rows), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "out/report.json").read_bytes()
+    assert main(["eval", "--from", str(rows), "--benchmark", "rmb", "--output", str(tmp_path / "again")]) == 2
+    assert "has judgments of llm_bar, not of rmb" in " ".join(capsys.readouterr().err.split())
     assert evaluate(folder, tmp_path / "out", "--seed", "1") == 2
     assert "was begun with" in capsys.readouterr().err
 
@@ -325,6 +327,57 @@ print(*sorted(file.name for file in epath.Path("gs://judge/out").iterdir()))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
+def test_an_output_has_the_judgments_of_one_model(folder, tmp_path, capsys, monkeypatch):
+    """And its greedy point is that of its judgments, or none."""
+    monkeypatch.setattr(measure, "RESAMPLES", 10)
+    out = tmp_path / "out"
+    assert evaluate(folder, out) == 0
+    rows, greedy = out / "judgments.jsonl", out / "greedy.jsonl"
+    lines = rows.read_bytes().splitlines(keepends=True)
+    config = dataclasses.replace(LLAMA, max_positions=2048)
+    save_hf(tmp_path / "other", config, tiny_model(config, seed=1).params, ByteTokenizer(), None, "float32")
+    known = (out / "protocol.json").read_text()
+    (folder / "judge").rename(folder / "kept")
+    (tmp_path / "other").rename(folder / "judge")
+    try:
+        for path, left in ((rows, b"".join(lines[:9])), (greedy, greedy.read_bytes()[:-9])):
+            whole = path.read_bytes()
+            path.write_bytes(left)
+            assert evaluate(folder, out) == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"was begun with weights {json.loads(known)['weights']}" in said
+            assert "give the model as it was, another --output, or start anew with --overwrite" in said
+            assert (out / "protocol.json").read_text() == known
+            path.write_bytes(whole)
+        assert evaluate(folder, out, "--overwrite", "--no-greedy") == 0
+    finally:
+        (folder / "judge").rename(tmp_path / "other")
+        (folder / "kept").rename(folder / "judge")
+    assert json.loads((out / "protocol.json").read_text())["weights"] != json.loads(known)["weights"]
+    assert not greedy.exists()
+    assert main(["eval", "--from", str(out), "--output", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again/report.json").read_text())["greedy"] is None
+
+
+def test_the_greedy_point_of_parts_is_reported_anew(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 10)
+    assert evaluate(folder, tmp_path / "out") == 0
+    for name in ("judgments.jsonl", "greedy.jsonl"):
+        path = tmp_path / "out" / name
+        lines, each = path.read_bytes().splitlines(keepends=True), 4 if name == "judgments.jsonl" else 2
+        for part in range(2):  # case i is in part i mod 2
+            mine = [line for i, line in enumerate(lines) if i // each % 2 == part]
+            path.with_name(f"{name}-0000{part}-of-00002").write_bytes(b"".join(mine))
+        path.unlink()
+    again = ["eval", "--from", str(tmp_path / "out/judgments.jsonl"), "--output", str(tmp_path / "again")]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "again/report.json").read_text()) == json.loads(
+        (tmp_path / "out/report.json").read_text()
+    )
+    assert main([*again, "--no-greedy"]) == 0
+    assert json.loads((tmp_path / "again/report.json").read_text())["greedy"] is None
+
+
 def test_data_judgments_and_reports_in_a_bucket(folder, bucket):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "-c", IN_A_BUCKET, str(folder / "LLMBar"), str(folder / "judge"), TEMPLATE],
@@ -376,7 +429,8 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
         (["--benchmark", "llm_bar"], "give --benchmark NAME and --data PATH, or --from judgments.jsonl"),
         (["--benchmark", "llm_bar", "--data", "x", "--stop-risk", "0.1"], "a curve needs all judgments"),
         (["--benchmark", "llm_bar", "--data", str(tmp_path)], "take the folder Dataset/LLMBar"),
-        (["--from", str(tmp_path / "none.jsonl")], "none.jsonl, and no parts of it"),
+        (["--from", str(tmp_path / "none.jsonl")], "no " + str(tmp_path / "protocol.json")),
+        (["--from", "x", "--votes", "2"], "votes = 2 with --from: nothing is judged anew, leave it out"),
     ):
         assert main(["eval", "--output", str(tmp_path / "out"), *args]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

@@ -31,7 +31,7 @@ from grm_jax.log import logger
 from grm_jax.main import main
 from grm_jax.metrics import Metrics
 from grm_jax.recipes import Checkpoints, Fresh, Items, Lora, Optimizer, RftConfig, RlConfig, as_json
-from grm_jax.spct import rft, rl, start
+from grm_jax.spct import rft, rl, runs, start
 from grm_jax.spct.measure import worth_of
 from grm_jax.spct.rft import mixture
 from grm_jax.spct.rl import hard_enough
@@ -324,6 +324,28 @@ def test_a_signal_saves_ends_the_command_with_130_and_it_goes_on(whole, number, 
     assert outcome(recipe.output) == outcome(whole.output)
 
 
+def test_a_signal_during_a_measurement_saves_the_step_before_it(whole, monkeypatch, capsys):
+    """No checkpoint is due where it comes, and the measurement may be longer than the time that is left."""
+    recipe = replace(whole, output=f"{whole.output}-measured", checkpoints=Checkpoints(every=3, keep_last=3))
+    real, seen = runs.Run.heeded, []
+
+    def heeded(self, verdicts, done):
+        if done == 4:
+            signal.raise_signal(signal.SIGTERM)
+        for verdict in real(self, verdicts, done):
+            seen.append(done)
+            yield verdict
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "heeded", heeded)
+        assert main(command(recipe)) == 130
+    assert "asked to stop: step 4 is saved, the same command goes on there" in capsys.readouterr().err
+    assert set(seen) == {0, 2}
+    assert max(int(path.name) for path in (Path(recipe.output) / "checkpoints").iterdir()) == 4
+    assert main(command(recipe)) == 0
+    assert outcome(recipe.output) == outcome(whole.output)
+
+
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_fine_tuning_goes_on_after_an_error(tuned, step, monkeypatch):
     """At step 1 nothing is saved yet but the trajectories."""
@@ -422,6 +444,19 @@ def test_nothing_kept_is_an_error_with_a_way_out(place, base):
     recipe = rft_recipe(place, base, "nothing", hinted=0, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"all 24 trajectories were rejected \(24 unparsed\): .* \(sample_template = "):
         rft.run(recipe)
+
+
+def test_templates_are_held_against_the_items_before_a_model_is_loaded(place, tmp_path):
+    bare = tmp_path / "bare.txt"
+    bare.write_text(Path(TEMPLATE).read_text().partition("{%- if hint %}")[0])
+    for fields, said in (
+        ({"template": str(bare)}, r"\d+ items do not fit their template:.*does not show 'hint'"),
+        ({"template": str(tmp_path / "typo.txt"), "sample_template": TEMPLATE}, "typo.txt"),
+    ):
+        recipe = rft_recipe(place, str(tmp_path / "no model"), "early", **fields)
+        with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){said}"):
+            rft.run(recipe)
+        assert not Path(recipe.output).exists()
 
 
 def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, base, monkeypatch):

@@ -219,6 +219,11 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_rows(grm, tmp_path, mon
         assert run(again) == tallies, "the report is of the whole file"
         assert again.read_bytes() == whole.read_bytes()
         assert judged == ITEMS[kept.count(b"\n") // VOTES :]
+    again.write_bytes(b"".join(lines[:3]))
+    Path(f"{again}.ahead").write_bytes(b"".join(lines[6:9]))  # the third item was ready before its turn
+    assert run(again) == tallies
+    assert again.read_bytes() == whole.read_bytes()
+    assert judged == [ITEMS[1], *ITEMS[3:]]
     assert run(again) == tallies
     assert judged == []
     with pytest.raises(DataError, match="begun with hinted=False; this run has hinted=True"):

@@ -30,6 +30,20 @@ def parts_of(path: str) -> list[str]:
     return [name for name in near if re.fullmatch(re.escape(place.name) + r"-\d{5}-of-\d{5}", name)]
 
 
+def remove(path: str) -> None:
+    """Remove a file, all parts of it, and what lies beside each for going on. All processes call it."""
+    place = epath.Path(path)
+    if hosts.is_first():
+        _remove(place, [place.name, *parts_of(path)])
+    hosts.sync(f"removed {path}")
+
+
+def _remove(place: epath.Path, names: Sequence[str]) -> None:
+    for name in names:
+        for more in ("", ".run.json", ".ahead"):
+            (place.parent / f"{name}{more}").unlink(missing_ok=True)
+
+
 def shared_writer(
     share: Share, path: str, examples: Sequence[Example], settings: Mapping[str, object], overwrite: bool = False,
     each: int = 1,
@@ -62,9 +76,6 @@ def _clear(share: Share, path: str, overwrite: bool) -> None:
             f"{path}: another number of processes wrote {shown}; go on with as many as these, or give --overwrite"
         )
     if hosts.is_first():
-        for name in found:
-            (place.parent / name).unlink()
-            for more in (".run.json", ".ahead"):
-                (place.parent / f"{name}{more}").unlink(missing_ok=True)
+        _remove(place, found)
     if found:
         hosts.sync(f"cleared {path}")

@@ -18,7 +18,8 @@ from grm_jax.config import EvalConfig, JudgeSettings
 from grm_jax.data.benchmarks import Benchmark, Case
 from grm_jax.data.jsonl import DataError
 from grm_jax.datatypes import Example, Judgment, Verdict
-from grm_jax.grm import Grm, Guide, load
+from grm_jax.grm import Grm, load
+from grm_jax.meta_rm import MetaRm
 from grm_jax.models import kernels
 from grm_jax.sharding import lay_out
 
@@ -30,7 +31,7 @@ class Judge:
     """A model, and what guides its votes."""
 
     model: Grm | BradleyTerry | PairRm | Cloud
-    guide: Guide | None = None
+    guide: MetaRm | None = None
 
     @property
     def draws_greedy_beside(self) -> bool:
@@ -55,6 +56,8 @@ class Judge:
         found = dict(digests(self.model.model.params))
         if isinstance(self.model, Cloud):
             found |= {f"critic.{name}": said for name, said in digests(self.model.critic.model.params).items()}
+        if self.guide:
+            found |= {f"guide.{name}": said for name, said in digests(self.guide.model.params).items()}
         said = json.dumps({name: found[name] for name in sorted(found)})
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
@@ -93,20 +96,19 @@ def once(config: EvalConfig, settings: JudgeSettings, benchmark: Benchmark) -> J
 
 def templates_of(cases: Sequence[Case], config: EvalConfig) -> dict[int, str]:
     """The template's name for each number of responses, or the baseline's. Raises DataError for cases without a place."""
-    if config.baseline:
-        lone = [case.example.id for case in cases if len(case.example.responses) < 2]
-        if lone and config.baseline == "pair_rm":
-            raise DataError(
-                f"{len(lone)} cases have one response, the first {lone[0]!r}: a pair RM compares two or more; give another "
-                "--baseline"
-            )
-        return {len(case.example.responses): config.baseline for case in cases}
+    alone = baselines.checker(config.baseline, config.model) if config.baseline else None
+    guide = meta_rm.checker(config.meta_rm) if config.meta_rm else None
     found, faults = {}, []
     for case in cases:
         n = len(case.example.responses)
-        found.setdefault(n, config.template or ("listwise" if n > 1 else "single"))
+        found.setdefault(n, config.baseline or config.template or ("listwise" if n > 1 else "single"))
         try:
-            prompts.check_places(case.example, prompts.load_template(found[n]))
+            if alone:
+                alone(case.example)
+            else:
+                prompts.check_places(case.example, prompts.load_template(found[n]))
+            if guide:
+                guide(case.example)
         except ValueError as error:
             faults.append(str(error))
     if faults:

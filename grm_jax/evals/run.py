@@ -29,7 +29,7 @@ from grm_jax.data import items as labelled
 from grm_jax.data.benchmarks import KINDS, Benchmark, Case
 from grm_jax.data.jsonl import DataError
 from grm_jax.data.output import VerdictWriter
-from grm_jax.data.shares import shared_writer
+from grm_jax.data.shares import parts_of, remove, shared_writer
 from grm_jax.datatypes import Example, Verdict
 from grm_jax.evals import judge as judges
 from grm_jax.evals import measure, page, report, table
@@ -69,16 +69,21 @@ def run(config: EvalConfig) -> None:
 def again(config: EvalConfig) -> None:
     """The report from the rows of an earlier run. Raises DataError where forced ones are to be dropped and none were."""
     place = epath.Path(config.from_)
-    rows = _read(str(place), config.drop_forced)
-    greedy = place.parent / GREEDY
+    place = place / JUDGMENTS if place.is_dir() else place
     protocol = protocol_of(str(place.parent))
+    if config.benchmark not in (None, protocol["benchmark"]):
+        raise DataError(
+            f"{place} has judgments of {protocol['benchmark']}, not of {config.benchmark}: leave --benchmark out"
+        )
+    rows = _read(str(place), config.drop_forced)
     if config.drop_forced:
         if not protocol["force_scores"]:
             raise DataError(f"{place} was judged without forced scores: leave --drop-forced out")
         protocol["drop_forced"] = True
-    name = config.benchmark or protocol["benchmark"]
+    name, greedy = protocol["benchmark"], str(place.parent / GREEDY)
+    has_greedy = protocol.get("greedy", epath.Path(greedy).exists() or parts_of(greedy))
     benchmark = Benchmark(name, table.cases_of(rows), KINDS[name], protocol["dropped"])
-    once = _read(str(greedy), config.drop_forced) if greedy.exists() else []
+    once = _read(greedy, config.drop_forced) if has_greedy and config.greedy else []
     if hosts.is_first():
         _report(config.output, benchmark, rows, once, protocol)
 
@@ -105,6 +110,7 @@ class _Output:
     settings: JudgeSettings
     writer: VerdictWriter
     lacks: dict[str, Case]
+    begun: bool  # by an earlier run
 
     def write(self, case: Case, verdict: Verdict, templates: Mapping[int, str], seconds: float) -> None:
         """The judgments of a case that the file lacks, each a row."""
@@ -137,15 +143,20 @@ def judged(
             if writer.finished:
                 logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
             lacks = {case.example.id: case for case in mine if case.example.id not in writer.finished}
-            return _Output(path, settings, writer, lacks)
+            return _Output(path, settings, writer, lacks, bool(writer.finished))
 
         main = output(JUDGMENTS, settings)
+        if config.overwrite:
+            remove(f"{config.output}/{GREEDY}")
         greedy = output(GREEDY, alone) if alone else None
-        if main.lacks:
-            digest = opened().digest()
+        if main.lacks or (greedy and greedy.lacks):
+            known = _record(config, benchmark, settings, templates)
+            known |= {"data": config.data, "greedy": greedy is not None, "weights": opened().digest()}
+            if not config.overwrite:
+                _check_weights(config, known["weights"], main.begun)
             if hosts.is_first():
-                known = _record(config, benchmark, settings, templates)
-                _write(f"{config.output}/protocol.json", known | {"data": config.data, "weights": digest})
+                _write(f"{config.output}/protocol.json", known)
+        if main.lacks:
             together = greedy and opened().draws_greedy_beside and alone.votes <= settings.votes
             _judge(opened(), main, greedy if together else None, templates)
         if greedy and greedy.lacks:
@@ -154,6 +165,17 @@ def judged(
     for file in files:
         hosts.sync(file.path)  # process 0 reads the parts of all
     return read_samples(main.path), read_samples(greedy.path) if greedy else []
+
+
+def _check_weights(config: EvalConfig, weights: str, begun: bool) -> None:
+    """Raise DataError where an output was begun with other weights than these: its rows would be of two models."""
+    place = epath.Path(config.output) / "protocol.json"
+    before = protocol_of(config.output)["weights"] if begun and place.exists() else weights
+    if before != weights:
+        raise DataError(
+            f"{config.output} was begun with weights {before}, and {config.model} (or what goes with it) has {weights}: "
+            "give the model as it was, another --output, or start anew with --overwrite"
+        )
 
 
 def _judge(judge: Judge, output: _Output, greedy: _Output | None, templates: Mapping[int, str]) -> None:

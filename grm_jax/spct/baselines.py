@@ -153,7 +153,7 @@ def critiques(
     path = f"{recipe.output}/critiques.jsonl"
     paths = [part_of(path, dataclasses.replace(share, index=i)) for i in range(share.count)]
     mine, settings = singles[share.index :: share.count], _settings(recipe)
-    known = dataclasses.asdict(settings) | {"critic": recipe.critic, "template": template.sha256}
+    known = settings.record() | {"critic": recipe.critic, "template": template.sha256}
     with shared_writer(share, path, mine, known, each=recipe.critiques) as writer:
         waiting = [one for one in mine if one.id not in writer.finished]
         logger.info("%d of %d responses to write critiques of", len(waiting), len(mine))

@@ -8,14 +8,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from grm_jax.config import JudgeSettings
 from grm_jax.datatypes import Example, Verdict
-from grm_jax.grm import Grm
-from grm_jax.prompts import Template
 
 RESAMPLES = 2000
 
@@ -37,13 +34,6 @@ class Measured:
             f"accuracy {self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%}) on {self.examples} held-out examples, "
             f"ties {self.ties:.1%}, parse failures {self.failures:.1%}; the longer response: {self.longer:.1%}"
         )
-
-
-def measure(
-    grm: Grm, examples: Sequence[Example], template_of: Callable[[Example], Template], settings: JudgeSettings
-) -> Measured:
-    """Judge labelled examples and hold the verdicts against the labels (Eq. 10, ties by expectation)."""
-    return measured(examples, grm.judge(examples, settings, template_of=template_of), settings.seed)
 
 
 def measured(examples: Sequence[Example], found: Iterable[Verdict], seed: int) -> Measured:

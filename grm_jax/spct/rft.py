@@ -31,7 +31,7 @@ from grm_jax.recipes import RftConfig, SampleConfig
 from grm_jax.sharding import check_microbatch, spans_processes
 from grm_jax.spct import reject, rft_step, runs, start
 from grm_jax.spct.runs import Run
-from grm_jax.spct.sample import Sample, read_samples, sample_part
+from grm_jax.spct.sample import Sample, check_places, read_samples, sample_part
 from grm_jax.spct.start import Start
 from grm_jax.tokenizer import Tokenizer
 from grm_jax.train import policy as training
@@ -47,6 +47,7 @@ def run(recipe: RftConfig) -> None:
         found = labelled.load(recipe.items, recipe.seed)
         runs.say_items(found)
     chats = [chat for file in recipe.general for chat in read_chats(file)]
+    _check_templates(recipe, found)
     begun = start.load(recipe, reference=False)
     check_microbatch("microbatch_rows", recipe.microbatch_rows, begun.policy.mesh)
     kept = collect(recipe, found, begun) if found.train else []
@@ -70,6 +71,16 @@ def run(recipe: RftConfig) -> None:
         if too_long.count:
             logger.info("%d texts were longer than a row of %d tokens", too_long.count, recipe.sequence_tokens)
         start.save(begun, run.state, recipe.output)
+
+
+def _check_templates(recipe: RftConfig, found: labelled.ItemSet) -> None:
+    """Raise ValueError for items that the template of the sampling or that of the training has no place for."""
+
+    def name_of(template: str) -> Callable[[Example], str]:
+        return lambda item: labelled.template_of(item, found.scales, template)
+
+    check_places(found.train, name_of(recipe.sample_template or recipe.template), hinted=recipe.hinted > 0)
+    check_places([*found.train, *found.held_out], name_of(recipe.template), hinted=False)
 
 
 def collect(recipe: RftConfig, found: labelled.ItemSet, begun: Start) -> list[Sample]:

@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import jax
 from etils import epath
@@ -23,14 +23,16 @@ from grm_jax import memory, prompts, recipes
 from grm_jax.checkpoint import Interrupt, Saver, claim
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
-from grm_jax.datatypes import Example
+from grm_jax.datatypes import Example, Verdict
 from grm_jax.log import logger
 from grm_jax.metrics import Metrics
 from grm_jax.prompts import Template
 from grm_jax.recipes import RftConfig, RlConfig
-from grm_jax.spct.measure import measure
+from grm_jax.spct.measure import measured
 from grm_jax.spct.start import Start
 from grm_jax.train.policy import State
+
+_HEEDED = 16  # verdicts between two looks at whether to stop
 
 
 @dataclasses.dataclass
@@ -47,6 +49,7 @@ class Run:
     metrics: Metrics
     interrupt: Interrupt
     known: frozenset[int]  # steps up to `first` after which the held-out examples have been judged
+    _saved: int | None = None  # the last step whose state is
     _late: Callable[[], None] | None = None
     _clock: float = 0.0
 
@@ -73,13 +76,32 @@ class Run:
         """
         asked = self.interrupt.asked
         if asked or self.saver.due(done) or done == self.recipe.steps:
-            self.reported(None)  # no row behind a checkpoint may be missing
-            self.metrics.flush()
-            self.saver.save(done, self.state, {"batches": self.batches.get_state()})
+            self._save(done)
         if asked:
-            self.saver.wait()
-            logger.info("asked to stop: step %d is saved, the same command goes on there", done)
-            raise KeyboardInterrupt
+            self._leave(done)
+
+    def _save(self, done: int) -> None:
+        self.reported(None)  # no row behind a checkpoint may be missing
+        self.metrics.flush()
+        self.saver.save(done, self.state, {"batches": self.batches.get_state()})
+        self._saved = done
+
+    def _leave(self, done: int) -> NoReturn:
+        self.saver.wait()
+        logger.info("asked to stop: step %d is saved, the same command goes on there", done)
+        raise KeyboardInterrupt
+
+    def heeded(self, verdicts: Iterable[Verdict], done: int) -> Iterator[Verdict]:
+        """The verdicts of a measurement after `done` steps, which may take longer than a machine that is to go is given.
+
+        Raises KeyboardInterrupt, when all is saved, where the run was asked to stop; the measurement begins anew then.
+        """
+        for number, verdict in enumerate(verdicts):
+            if number % _HEEDED == 0 and self.interrupt.asked:
+                if done not in (0, self._saved):
+                    self._save(done)
+                self._leave(done)
+            yield verdict
 
     def measured(self, done: int) -> None:
         """Judge the held-out examples where that is due after `done` steps, and log and keep what came out.
@@ -100,7 +122,9 @@ class Run:
             force_scores=False,
             slots=self.recipe.slots,
         )
-        result = measure(grm, self.found.held_out, template_of(self.recipe, self.found), settings)
+        examples = self.found.held_out
+        verdicts = grm.judge(examples, settings, template_of(self.recipe, self.found))
+        result = measured(examples, self.heeded(verdicts, done), settings.seed)
         logger.info("after %d steps: %s", done, result)
         self.metrics.held_out(done, dataclasses.asdict(result))
         self.seconds()
@@ -146,7 +170,7 @@ def opened(
             logger.info("going on behind step %d of %s", first, recipe.output)
         with Metrics(recipe.output, first if restored else -1) as metrics:
             known = frozenset(step for step in known if restored and step <= first)  # later rows are dropped
-            run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt, known)
+            run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt, known, first)
             run.seconds()
             yield run
 

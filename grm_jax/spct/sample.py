@@ -123,7 +123,7 @@ def run(config: SampleConfig) -> None:
     def name_of(item: Example) -> str:
         return labelled.template_of(item, found.scales, config.template)
 
-    _check_places(found.train, name_of, config.hinted)
+    check_places(found.train, name_of, config.hinted)
     for model in (config.model, config.meta_rm):
         if model:
             check_model(model)
@@ -158,22 +158,23 @@ def sample_part(
         waiting = [item for item in mine if item.id not in writer.finished]
         if writer.finished:
             logger.info("%d of %d items are in %s already", len(writer.finished), len(mine), path)
-            for samples in _by_id(_read(path)):
-                _add(tallies, samples)
-        if not waiting:
-            return tallies
-        guide = open_guide() if open_guide else None
-        grm, started, tokens, said = open_judge(), time.monotonic(), 0, time.monotonic()
-        logger.info("%d items to judge %d times each", len(waiting), config.votes)
-        for done, (verdict, samples) in enumerate(
-            sample_items(grm, waiting, name_of, settings, config.hinted, guide), 1
-        ):
+        judged: Iterable[tuple[Verdict, list[Sample]]] = ()
+        if waiting:
+            guide = open_guide() if open_guide else None
+            judged = sample_items(open_judge(), waiting, name_of, settings, config.hinted, guide)
+            logger.info("%d items to judge %d times each", len(waiting), config.votes)
+        started, tokens, said = time.monotonic(), 0, time.monotonic()
+        for done, (verdict, samples) in enumerate(judged, 1):
             writer.write(verdict, [row_of(sample) for sample in samples])
             _add(tallies, samples)
             tokens += sum(sample.tokens for sample in samples)
             if (now := time.monotonic()) - said >= _LOG_SECONDS or done == len(waiting):
                 said = now
                 logger.info("%d of %d items, %.0f tokens/s", done, len(waiting), tokens / (now - started))
+    if writer.finished:  # some of them waited for their turn until now
+        for samples in _by_id(_read(path)):
+            if samples[0].id in writer.finished:
+                _add(tallies, samples)
     return tallies
 
 
@@ -254,7 +255,7 @@ def _record(config: SampleConfig, items: Iterable[Example], name_of: Callable[[E
     return settings | {"hinted": config.hinted, "template": shas}
 
 
-def _check_places(items: Iterable[Example], name_of: Callable[[Example], str], hinted: bool) -> None:
+def check_places(items: Iterable[Example], name_of: Callable[[Example], str], hinted: bool) -> None:
     """Raise ValueError, with the first faults, for items or hints that their templates have no place for."""
     template, faults = functools.cache(prompts.load_template), []
     for item in items:
