@@ -94,6 +94,8 @@ def test_a_guided_vote_of_one_order_keeps_half_of_that_order():
     assert second.sums[0, -1].tolist() == [10, 10]  # 1 and 7 of 1, 3, 5, 7
     assert [v.valid[0].tolist() for v in (first, second)] == [[1, 1, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]]
     assert [v.sums[0, -1].tolist() for v in table.by_order(found, k_meta=2)["guided"]] == [[9, 1], [9, 1]]
+    assert np.flatnonzero(table.kept(found, by_order=True)[0]).tolist() == [1, 4, 6, 7]
+    assert np.flatnonzero(table.kept(found)[0]).tolist() == [0, 4, 6, 7]
     by_order = table.by_order(found)
     plain, guided = (
         metrics.llm_bar(cases, table.scored(found, table.votes(found)[way], 8, by_order[way]))["score"]

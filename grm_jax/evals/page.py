@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from grm_jax.data.benchmarks import KINDS
 from grm_jax.evals import report as reports
 from grm_jax.evals import table as tables
 from grm_jax.evals.table import Table
@@ -27,7 +28,8 @@ _KINDS = ("wrong", "failed", "tied", "right")
 
 def html(report: Mapping[str, Any], table: Table, samples: Sequence[Sample]) -> str:
     """The page of a report and the judgments that it was made from."""
-    cases, left = _cases(table, samples, report["protocol"].get("k_meta"))
+    by_order = KINDS[report["benchmark"]].least > 1
+    cases, left = _cases(table, samples, report["protocol"].get("k_meta"), by_order)
     protocol = report["protocol"]
     data = {
         "title": report["benchmark"],
@@ -45,9 +47,11 @@ def html(report: Mapping[str, Any], table: Table, samples: Sequence[Sample]) -> 
     return "".join([before, *_charts(report), middle, text, behind])
 
 
-def _cases(table: Table, samples: Sequence[Sample], k_meta: int | None = None) -> tuple[list[dict[str, Any]], int]:
+def _cases(
+    table: Table, samples: Sequence[Sample], k_meta: int | None = None, by_order: bool = False
+) -> tuple[list[dict[str, Any]], int]:
     """The cases for the page, in their order, and how many did not fit."""
-    plain, kept = tables.votes(table)["voting"], tables.kept(table, k_meta)
+    plain, kept = tables.votes(table)["voting"], tables.kept(table, k_meta, by_order)
     of_id: dict[str, list[Sample]] = {}
     for sample in samples:
         of_id.setdefault(sample.id, []).append(sample)

@@ -117,16 +117,29 @@ def by_order(table: Table, k_meta: int | None = None) -> dict[str, list[Votes]]:
     """
     if table.rewards:
         return {name: [found, found] for name, found in votes(table).items()}
-    half = None if k_meta is None else -(-k_meta // 2)
-    parts = [votes(table, half, table.first == i) for i in (0, 1)]
+    parts = [votes(table, _half(k_meta), table.first == i) for i in (0, 1)]
     return {name: [part[name] for part in parts] for name in parts[0]}
 
 
-def kept(table: Table, k_meta: int | None = None) -> Bool[np.ndarray, "E K"] | None:
-    """Which judgments the guided vote sums after all of them; None where they have no logits."""
+def kept(table: Table, k_meta: int | None = None, by_order: bool = False) -> Bool[np.ndarray, "E K"] | None:
+    """Which judgments the guided vote sums after all of them; None where they have no logits.
+
+    by_order: that of a metric which reads the votes of each order, as in the function of this name.
+    """
     if table.logits is None:
         return None
-    return np.asarray(voting.guided_batch(table.scores, table.valid, table.counts, table.logits, k_meta)[1])[:, -1]
+
+    def of(among: Bool[np.ndarray, "E K"], k_meta: int | None) -> Bool[np.ndarray, "E K"]:
+        shown = table.scores, table.valid & among, table.counts, table.logits
+        return np.asarray(voting.guided_batch(*shown, k_meta, among)[1])[:, -1]
+
+    if not by_order:
+        return of(np.ones_like(table.valid), k_meta)
+    return of(table.first == 0, _half(k_meta)) | of(table.first == 1, _half(k_meta))
+
+
+def _half(k_meta: int | None) -> int | None:
+    return None if k_meta is None else -(-k_meta // 2)
 
 
 def scored(table: Table, found: Votes, k: int, orders: Sequence[Votes] = ()) -> list[Scored]:
