@@ -23,7 +23,7 @@ import jax
 
 from grm_jax import grm, neutral, prompts, scalar_rm
 from grm_jax.config import Baseline, Dtype, JudgeSettings
-from grm_jax.data.chat import encode_chat
+from grm_jax.data.chat import encode_read
 from grm_jax.datatypes import Example, Judgment, Message, Usage, Verdict
 from grm_jax.grm import Grm
 from grm_jax.meta_rm import text_ids
@@ -46,8 +46,10 @@ def response_ids(tokenizer: Tokenizer, example: Example, i: int, limit: int) -> 
     alone = dataclasses.replace(example, responses=(example.responses[i],), scores=None, reference=None)
 
     def ids(shown: Example) -> Ids:
-        turns = (Message(m.role, neutral.without_controls(m.content, tokenizer.specials)) for m in shown.messages)
-        return encode_chat(tokenizer, (*turns, Message("assistant", shown.responses[0])))
+        turns = (*shown.messages, Message("assistant", shown.responses[0]))
+        return encode_read(
+            tokenizer, [Message(m.role, neutral.without_controls(m.content, tokenizer.controls)) for m in turns]
+        )
 
     fitted, _ = prompts.cut_to(alone, limit, lambda shown: sum(map(len, ids(shown))), "or shorter texts")
     return ids(fitted)

@@ -72,7 +72,7 @@ class Usage:
     cut_tokens: int = 0
 
     def after(self, before: Usage | None) -> Usage:
-        """What both rounds of one example cost: prompts and cuts are the same ones, tokens and time add up."""
+        """What both rounds of one example cost: prompts are counted from the first round on, tokens and time add up."""
         if before is None:
             return self
         return Usage(

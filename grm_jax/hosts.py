@@ -39,6 +39,8 @@ def join(wanted: Wanted) -> None:
     """
     # On CPU several programs would otherwise be under way at once, and their collectives meet in another order elsewhere.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Its notifier takes SIGTERM and tells nobody: a process that is asked to go before training begins would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     named = {} if wanted.coordinator is None else {
         "coordinator_address": wanted.coordinator,
         "num_processes": wanted.processes,

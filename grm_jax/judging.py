@@ -60,6 +60,7 @@ class _Task:
     example: Example
     orders: list[tuple[int, ...]]  # a sample
     requests: list[Request]
+    prompt_tokens: int  # of the distinct prompts of this and earlier rounds
     cut_tokens: int
     done: dict[int, Judgment] = dataclasses.field(default_factory=dict)
     started: list[float] = dataclasses.field(default_factory=list)
@@ -98,19 +99,20 @@ def _prepare(
         template,
         grm.model.config.max_positions - room,
         lambda messages: len(prompt_ids(tokenizer, messages)),
-        tokenizer.specials,
+        tokenizer.controls,
     )
     dealt = orders(example.id, n, settings.votes, settings.seed, settings.orders)
     dealt += dealt[:greedy]
     asked_for = [*drawn, *range(settings.votes, settings.votes + greedy)]
     ids_of = {
-        order: prompt_ids(tokenizer, prompts.render(shown, order, template, hint, tokenizer.specials))
-        for order in {dealt[j] for j in asked_for}
+        order: prompt_ids(tokenizer, prompts.render(shown, order, template, hint, tokenizer.controls))
+        for order in {dealt[j] for j in {*range(drawn.stop), *asked_for}}  # earlier rounds' too, to count them
     }
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for j in asked_for:  # equal responses make equal prompts of different orders
         asked.setdefault(ids_of[dealt[j]], []).append((stable_hash(example.id), j))
-    return _Task(example, dealt, [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()], cut)
+    requests = [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()]
+    return _Task(example, dealt, requests, sum(map(len, set(ids_of.values()))), cut)
 
 
 def in_rounds(
@@ -254,7 +256,7 @@ def _judgment(
 
 def _usage(task: _Task) -> Usage:
     return Usage(
-        prompt_tokens=sum(len(request.prompt) for request in task.requests),
+        prompt_tokens=task.prompt_tokens,
         completion_tokens=sum(judgment.tokens for judgment in task.done.values()),
         seconds=time.monotonic() - min(task.started),
         cut_tokens=task.cut_tokens,

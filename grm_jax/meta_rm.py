@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from grm_jax import prompts, scalar_rm
+from grm_jax import neutral, prompts, scalar_rm
 from grm_jax.config import Dtype
-from grm_jax.data.chat import encode_chat
+from grm_jax.data.chat import encode_read
 from grm_jax.datatypes import Example, Judgment, Message
 from grm_jax.models.decoder import Model
 from grm_jax.tokenizer import Tokenizer
@@ -32,16 +32,13 @@ def text_ids(
     The prompt is cut, as `prompts.fit` does, where both together have more than `limit` tokens. Raises ValueError where
     that is not enough.
     """
-    judged = len(encode_chat(tokenizer, (Message("user", ""), Message("assistant", text)))[1])
-    fitted, _ = prompts.fit(
-        example,
-        template,
-        limit - judged,
-        lambda messages: len(tokenizer.encode(tokenizer.chat(messages))),
-        tokenizer.specials,
-    )
-    turns = prompts.render(fitted, order, template, controls=tokenizer.specials)
-    return encode_chat(tokenizer, (*turns, Message("assistant", text)))
+    read = Message("assistant", neutral.without_controls(text, tokenizer.controls))
+
+    def tokens(turns: Sequence[Message]) -> int:
+        return sum(map(len, encode_read(tokenizer, (*turns, read))))
+
+    fitted, _ = prompts.fit(example, template, limit, tokens, tokenizer.controls)
+    return encode_read(tokenizer, (*prompts.render(fitted, order, template, controls=tokenizer.controls), read))
 
 
 @dataclasses.dataclass(frozen=True)

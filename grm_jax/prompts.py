@@ -240,6 +240,8 @@ def check_places(example: Example, template: Template, hint: Hint | None = None)
     n, name, used = len(example.responses), template.name, template.variables
     if "responses" not in used and n > 1:
         raise ValueError(f"template {name!r} shows one response, {example.id!r} has {n}; use 'listwise'")
+    if template.kind == "choice" and n < 2:
+        raise ValueError(f"template {name!r} asks for a choice, {example.id!r} has one response; use 'single'")
     if example.reference is not None and "reference" not in used:
         raise ValueError(f"template {name!r} does not show 'reference', which {example.id!r} has; add it, or drop that")
     if hint is not None and "hint" not in used:

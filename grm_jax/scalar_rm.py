@@ -29,6 +29,7 @@ from grm_jax.weights.decoder import load_decoder
 TEMPLATE_FILE = "template.txt"  # of a trained model's folder: what showed the texts
 LEAST_TOKENS = 32  # the smallest padded prompt and text
 ROWS = 32  # texts computed at once, but for the texts of one prompt
+TOKENS = 32_768  # padded ones, of prompts and texts, computed at once, but for one prompt with its texts
 
 _Group = tuple[tuple[int, ...], list[int]]  # a prompt's ids, the numbers of its texts
 
@@ -44,7 +45,7 @@ def scalars(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     for i, (prompt, _) in enumerate(texts):
         of_prompt.setdefault(tuple(prompt), []).append(i)
     found = [0.0] * len(texts)
-    for groups in _shares(sorted(of_prompt.items(), key=lambda group: len(group[0]))):
+    for groups in _shares(sorted(of_prompt.items(), key=lambda group: len(group[0])), texts):
         arrays = spread(_padded(groups, texts, rows_of(model.mesh)), model.mesh)
         numbers = fetch(_scalars(model.graph, model.params, *arrays), model.mesh)
         widest = power_of_two(max(len(members) for _, members in groups), 1)
@@ -54,16 +55,31 @@ def scalars(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     return found
 
 
-def _shares(groups: list[_Group]) -> list[list[_Group]]:
-    """Groups cut into shares of at most ROWS padded rows, or of one group."""
+def _shares(groups: list[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[_Group]]:
+    """Groups cut into shares of at most ROWS padded rows and TOKENS padded tokens, or of one group."""
+
+    def fits(share: list[_Group]) -> bool:
+        P, S, G, T = _sizes(share, texts)
+        return P * G <= ROWS and P * (S + G * T) <= TOKENS
+
     shares: list[list[_Group]] = []
     for group in groups:
         grown = [*shares[-1], group] if shares else []
-        if grown and power_of_two(len(grown), 1) * power_of_two(max(len(members) for _, members in grown), 1) <= ROWS:
+        if grown and fits(grown):
             shares[-1] = grown
         else:
             shares.append([group])
     return shares
+
+
+def _sizes(groups: Sequence[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int, int, int]:
+    """P, S, G and T of a share, each a power of two."""
+    return (
+        power_of_two(len(groups), 1),
+        power_of_two(max(len(prompt) for prompt, _ in groups), LEAST_TOKENS),
+        power_of_two(max(len(members) for _, members in groups), 1),
+        power_of_two(max(len(texts[i][1]) for _, members in groups for i in members), LEAST_TOKENS),
+    )
 
 
 def _padded(
@@ -73,10 +89,8 @@ def _padded(
 
     P is made a multiple of `parts`.
     """
-    P, G = power_of_two(len(groups), 1), power_of_two(max(len(members) for _, members in groups), 1)
+    P, S, G, T = _sizes(groups, texts)
     P = -(-P // parts) * parts
-    S = power_of_two(max(len(prompt) for prompt, _ in groups), LEAST_TOKENS)
-    T = power_of_two(max(len(texts[i][1]) for _, members in groups for i in members), LEAST_TOKENS)
     tokens, lengths = np.zeros((P, S), np.int32), np.ones(P, np.int32)
     rows, counts = np.zeros((P, G, T), np.int32), np.ones((P, G), np.int32)
     for p, (prompt, members) in enumerate(groups):
@@ -106,7 +120,7 @@ def load(path: str, dtype: Dtype | None = None, mesh: jax.sharding.Mesh | None =
 
 def template_of(path: str, default: str) -> prompts.Template:
     """The template that a trained model's folder keeps, or the packaged one of a folder without. Errors: as `prompts`."""
-    place = epath.Path(path) / TEMPLATE_FILE
+    place = epath.Path(path).expanduser() / TEMPLATE_FILE
     if place.exists():
         return prompts.read_template(place.read_bytes(), str(place), boxed=False)
     return prompts.load_template(default, boxed=False)

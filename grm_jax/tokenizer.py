@@ -14,15 +14,16 @@ turn is lost in silence.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
 from grm_jax import vocab as vocabs
 from grm_jax.datatypes import Message
 from grm_jax.log import logger
+from grm_jax.turns import TemplateRefusal, compiled, fold, plain_turns
 from grm_jax.vocab import ByteVocab, FastVocab, PieceVocab, Vocab
 
 # Strings with which released chat models end a turn or a text; where one is a control token it stops the sampler.
@@ -33,6 +34,7 @@ ENDS = (
 # Control tokens, even where a sentencepiece model calls them user-defined text and no config lists them. Not <eos> and
 # </s>: where those are no control tokens they are text (Gemma has </s> as an HTML tag).
 TURN_MARKERS = (*ENDS[:-2], "<start_of_turn>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>")
+_BRACKETED = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[/?[A-Z_]+\]")
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -65,7 +67,7 @@ class Tokenizer:
             if id_ is not None and not 0 <= id_ < vocab.size:
                 raise ValueError(f"{name} has {id_}, but there are {vocab.size} ids: the config is another tokenizer's")
         if chat_template is not None:
-            _compile(chat_template)
+            compiled(chat_template)
         self.vocab_size = vocab.size
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -104,6 +106,21 @@ class Tokenizer:
             self._bytes = self.vocab.token_bytes()
         return self._bytes
 
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """What may not stand in the text of a turn: `specials`, and what the chat template writes around turns in brackets.
+
+        Such a mark opens or ends a turn whether it is a control token, an added token that no file calls one, or text
+        alone ("[INST]").
+        """
+        written = ""
+        for roles in (("user", "assistant", "user"), ("system", "user")) if self.chat_template else ():
+            try:
+                written += self._render([(role, "\n") for role in roles], add_generation_prompt=True)
+            except ValueError:  # not these turns
+                continue
+        return tuple(dict.fromkeys([*self.specials, *_BRACKETED.findall(written)]))
+
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model expects it, for `encode`; with the begin token where the template writes it.
 
@@ -134,7 +151,7 @@ class Tokenizer:
 
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            template, given = _compile(self.chat_template), {"tools": None, "documents": None, **self.names}
+            template, given = compiled(self.chat_template), {"tools": None, "documents": None, **self.names}
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
         except TemplateError as error:
             raise ValueError(f"the chat template fails: {error}; put a correct one in chat_template.jinja") from error
@@ -156,10 +173,6 @@ class ByteTokenizer(Tokenizer):
         super().__init__(ByteVocab(), bos_id=256, eos_ids=(257,))
 
 
-class TemplateRefusal(ValueError):
-    """A chat template called raise_exception: it does not take these turns."""
-
-
 def _valid(text: str) -> str:
     """The text itself; ValueError if it cannot be written as UTF-8."""
     try:
@@ -170,73 +183,6 @@ def _valid(text: str) -> str:
             "replace it, for example by text.encode('utf-8', 'replace').decode()"
         ) from error
     return text
-
-
-def plain_turns(turns: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
-    """Turns for a model without a template: "User: ..." and "Assistant: ...", an empty line between."""
-    lines = [content if role == "system" else f"{role.capitalize()}: {content}" for role, content in turns]
-    return "\n\n".join([*lines, "Assistant:"] if add_generation_prompt else lines)
-
-
-def fold(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """System texts in front of the next user turn (a turn of their own if none follows), equal neighbours joined."""
-    folded: list[tuple[str, str]] = []
-    system = ""
-    for role, content in [*turns, ("user", "")] if turns[-1][0] == "system" else turns:
-        if role == "system":
-            system = _join(system, content)
-            continue
-        if role == "user":
-            content, system = _join(system, content), ""
-        if folded and folded[-1][0] == role:
-            content = _join(folded.pop()[1], content)
-        folded.append((role, content))
-    return (*folded, ("user", system)) if system else tuple(folded)
-
-
-def _join(first: str, second: str) -> str:
-    return "\n\n".join(text for text in (first, second) if text)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateRefusal(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja2's own tojson escapes for HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> Any:
-    """A template in the environment that released ones are written for; ValueError for a syntax error."""
-    from jinja2 import TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks the assistant's tokens for training; here its body is printed as it is."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    try:
-        return environment.from_string(source)
-    except TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat template has a syntax error in line {error.lineno}: {error.message}; put a correct one in "
-            "chat_template.jinja"
-        ) from error
 
 
 def from_folder(path: str | PathLike[str]) -> Tokenizer:
@@ -252,7 +198,7 @@ def from_folder(path: str | PathLike[str]) -> Tokenizer:
     """
     from etils import epath
 
-    folder = epath.Path(path)
+    folder = epath.Path(path).expanduser()
     file = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
     if file is None:
         what = "has neither tokenizer.json nor tokenizer.model" if folder.is_dir() else "is no folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -48,5 +49,7 @@ def verdict(
 
 def of_rewards(example: Example, rewards: Sequence[float], usage: Usage) -> Verdict:
     """The verdict of a model that writes nothing: one vote, whose scores are the rewards, and no judgments."""
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(f"{example.id!r} has rewards {list(rewards)}: they have to be finite, try --dtype float32")
     top = [i for i, reward in enumerate(rewards) if reward == max(rewards)]
     return Verdict(example.id, tuple(map(float, rewards)), top[0], len(top) > 1, 1, 1, (), usage)

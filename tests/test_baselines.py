@@ -17,12 +17,14 @@ import grm_jax
 from grm_jax import Example, Message, baselines, losses, prompts, scalar_rm
 from grm_jax.config import JudgeSettings
 from grm_jax.data.chat import encode_chat
+from grm_jax.datatypes import Usage
 from grm_jax.grm import Grm
 from grm_jax.main import main
 from grm_jax.models.decoder import bind
 from grm_jax.recipes import Checkpoints, CloudConfig, Fresh, Items, Optimizer, PairsConfig
 from grm_jax.spct import baselines as training
 from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.verdicts import of_rewards
 from grm_jax.weights.save import save_hf
 
 TOKENIZER = ByteTokenizer()
@@ -73,6 +75,21 @@ def test_scalars_of_many_texts_are_those_of_each_alone(monkeypatch):
     found = scalar_rm.scalars(model, texts)
     for i in (0, 1, 7, len(texts) - 1):
         assert found[i] == pytest.approx(alone(model, *texts[i]), abs=2e-5)
+
+
+def test_long_texts_are_computed_a_few_at_once():
+    """Memory goes with padded tokens: 8 of 2,048 and 2,048 are 32,768."""
+    texts = [([i] * 1500, [1] * 1100) for i in range(20)] + [([99] * 9000, [i] * 9000) for i in range(9)]
+    of_prompt = {}
+    for i, (prompt, _) in enumerate(texts):
+        of_prompt.setdefault(tuple(prompt), []).append(i)
+    shares = scalar_rm._shares(list(of_prompt.items()), texts)
+    assert [len(share) for share in shares] == [8, 8, 4, 1]  # the last is one prompt with all its texts
+
+
+def test_a_reward_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match=r"'three' has rewards \[nan, 1.0, 2.0\]: they have to be finite"):
+        of_rewards(THREE, [float("nan"), 1.0, 2.0], Usage(1, 0, 0.0))
 
 
 def test_a_reward_is_read_at_the_end_of_the_conversation():

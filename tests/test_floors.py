@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "grm_jax"
 # A file or folder of grm_jax stands on one floor; its imports go to lower ones, strictly. Inside one folder files may
 # import each other, without cycles. "__init__" is grm_jax itself: the Python API, which loads `grm` when it is asked for.
 FLOORS = (
-    {"config", "damage", "datatypes", "gguf_file", "log", "memory", "neutral", "processes", "vocab"},
+    {"config", "damage", "datatypes", "gguf_file", "log", "memory", "neutral", "processes", "turns", "vocab"},
     {
         "buckets",
         "dealing",

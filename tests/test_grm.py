@@ -216,6 +216,13 @@ def test_an_adaptive_vote_is_the_first_judgments_of_the_whole_one(grm):
     assert len({a.votes for a in adaptive}) > 1
 
 
+def test_rounds_count_every_distinct_prompt(grm, monkeypatch):
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [5] * len(shown)))
+    three = [example("a", "bb", "ccc")]
+    whole, rounds = (grm.score(three, votes=6, **more)[0].usage.prompt_tokens for more in ({}, {"stop_risk": 0.0}))
+    assert rounds == whole > 0
+
+
 def test_without_risk_only_what_cannot_change_stops(grm, monkeypatch):
     """Ahead by 9 a judgment: after 4 of 7 the other 3 make up 27 of 36, after 4 of 8 the other 4 all 36, after 6 not."""
     monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [min(len(text), 10) for text in shown]))

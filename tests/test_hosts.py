@@ -219,6 +219,36 @@ SLURM = {
 }  # fmt: skip
 
 
+JOINED = """
+import sys, time
+from grm_jax import hosts
+from grm_jax.processes import Wanted
+hosts.join(Wanted(sys.argv[1], 2, int(sys.argv[2])))
+print("joined", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_asked_to_go_before_training_goes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    two = [
+        subprocess.Popen([sys.executable, "-c", JOINED, place, str(i)], env=env, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in two] == ["joined\n"] * 2
+        two[1].send_signal(signal.SIGTERM)
+        assert two[1].wait(timeout=20) == -signal.SIGTERM
+    finally:
+        for process in two:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
 def test_an_error_is_told_by_what_it_was_raised_from():
     """A checkpoint that waits for a lost process ends with a TimeoutError, raised from the runtime's."""
     first = JaxRuntimeError("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE")

@@ -61,6 +61,15 @@ def test_shapes_and_draws() -> None:
     assert len(rows) == config.layers * 7  # no two alike
 
 
+def test_a_target_that_the_model_lacks_is_named() -> None:
+    _, shapes = split_abstract(QWEN3)
+    with pytest.raises(
+        ValueError, match=r"lora.targets has kv_a, which this model has not; it has down, gate, k, o, q"
+    ):
+        lora.axes(shapes, Lora(rank=2, targets=("q", "kv_a")))
+    assert lora.axes(shapes, Lora(rank=2))  # all that there are
+
+
 def test_an_adapter_is_a_function_of_key_and_name() -> None:
     _, shapes = split_abstract(LLAMA)
     everything, some = lora.init(shapes, ALL, key()), lora.init(shapes, Lora(4, 8.0, ("o",)), key())

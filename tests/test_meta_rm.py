@@ -12,11 +12,12 @@ from checkpoints import load as load_params
 from tiny import GEMMA, LLAMA, tiny_model
 
 from grm_jax import grm, meta_rm, prompts
-from grm_jax.data.chat import encode_chat
+from grm_jax.data.chat import encode_chat, encode_read
 from grm_jax.datatypes import Example, Judgment, Message, Usage
 from grm_jax.models.decoder import bind, split_abstract
-from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.tokenizer import ByteTokenizer, Tokenizer
 from grm_jax.verdicts import verdict
+from grm_jax.vocab import ByteVocab
 from grm_jax.weights.load import read_config
 from grm_jax.weights.save import save_hf
 
@@ -87,6 +88,24 @@ def test_logits_behind_a_shared_prompt_are_those_of_each_text_alone(guide):
         np.testing.assert_allclose(logit, alone(guide.model.params, padded, len(ids) - 1), atol=1e-5)
     assert len({round(logit, 3) for logit in found}) == 4
     assert guide.logits(EXAMPLE, judged[2:3]) == pytest.approx(found[2:3], abs=1e-5)
+
+
+def test_a_conversation_is_read_as_its_chat_template_writes_it(guide):
+    """As readers of released classifiers do: trimmed, and to the end of what stands behind the answer."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<|eos|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = Tokenizer(ByteVocab(), 256, (257,), template, {"bos_token": "<|bos|>"})
+    asked = Message("user", "which?")
+    read = [encode_read(tokenizer, (asked, Message("assistant", text))) for text in (" one \n", "other", "")]
+    for (prompt, rest), text in zip(read, ("one", "other", ""), strict=True):
+        assert prompt + rest == tokenizer.encode(f"<|bos|><user>which?<|eos|>\n<assistant>{text}<|eos|>\n")
+        assert prompt == read[0][0], "the texts of one prompt share it"
+    own = dataclasses.replace(guide, tokenizer=tokenizer)
+    prompt, rest = meta_rm.text_ids(tokenizer, own.template, EXAMPLE, (0, 1), "a <|eos|> b ", 512)
+    assert rest.count(257) == 1
+    assert rest[-2:] == [257, 10]
 
 
 def test_a_prompt_that_is_too_long_is_cut(guide):

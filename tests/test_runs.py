@@ -4,6 +4,7 @@ A base model is fine-tuned first (it writes boxes with random scores), everythin
 `tuned` are runs that nothing interrupted; the others have to end in the same rows and the same bytes.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -386,6 +388,31 @@ def test_a_damaged_checkpoint_is_skipped(whole, lines):
     assert said.startswith(f"step 6 does not restore, moved to {steps}/damaged-6: ")
     assert f"going on behind step 4 of {recipe.output}" in lines
     assert outcome(recipe.output) == outcome(whole.output)
+
+
+def test_fewer_steps_than_are_done_are_refused(tuned):
+    recipe = replace(copied(tuned, "fewer"), steps=2)
+    with pytest.raises(ValueError, match=r"has a checkpoint of step 6, steps = 2: give 6 or more, or another output"):
+        rft.run(recipe)
+
+
+def test_a_trace_holds_a_whole_step(monkeypatch, tmp_path):
+    """A step is dispatched, and done later: the trace begins when the one before is, and ends when this one is."""
+    seen = []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        seen.append(folder)
+        yield
+        seen.append("written")
+
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: seen.append(state))
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    run = SimpleNamespace(state="before", recipe=SimpleNamespace(profile=(3,), output="out"))
+    for step in (2, 3):
+        with runs.Run.traced(run, step):
+            run.state = f"after {step}"
+    assert seen == ["after 2", "out/profile/step-3", "after 3", "written"]
 
 
 def test_another_recipe_does_not_go_on(whole):

@@ -160,9 +160,9 @@ class PromptBatches:
             group.template,
             self._limit,
             lambda messages: len(_prompt_ids(tokenizer, messages)),
-            tokenizer.specials,
+            tokenizer.controls,
         )
-        ids = _prompt_ids(tokenizer, prompts.render(fitted, order, group.template, controls=tokenizer.specials))
+        ids = _prompt_ids(tokenizer, prompts.render(fitted, order, group.template, controls=tokenizer.controls))
         size = len(group.head)
         if ids[:size] != group.head or len(ids) == size:
             raise ValueError(

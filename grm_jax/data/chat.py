@@ -3,6 +3,7 @@
 1. `read_chats` reads JSON Lines of {"messages": [...]} or {"prompt": ..., "completion": ...}, naming every bad row.
 2. `encode_chat` renders all turns but the last as the model is prompted, and encodes the last as the model writes it:
    its text, then the id that ends an assistant's turn.
+3. `encode_read` encodes a whole conversation as a scalar head reads it.
 """
 
 from __future__ import annotations
@@ -65,6 +66,25 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
         raise ValueError(f"turns [{roles}]: give a conversation that ends with the assistant's turn")
     prompt = tokenizer.encode(tokenizer.chat(messages[:-1]))
     return prompt, [*tokenizer.encode_plain(messages[-1].content), end_id(tokenizer)]
+
+
+def encode_read(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """(Prompt ids, the others) of a conversation that a scalar head reads: as its chat template writes the whole of it.
+
+    So do the readers of released reward models, who take the number at the last of these ids: what a template writes
+    behind an answer, or trims of it, is as they have it. The prompt is what texts of one prompt share. Without a chat
+    template as `encode_chat`. Strings like control tokens in an answer have to be broken. Raises ValueError as
+    `encode_chat` does.
+    """
+    if tokenizer.chat_template is None:
+        return encode_chat(tokenizer, messages)
+    whole = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=False))
+    asked = tokenizer.encode(tokenizer.chat(messages[:-1]))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), min(len(whole), len(asked))
+    )
+    shared = max(1, min(shared, len(whole) - 1))
+    return whole[:shared], whole[shared:]
 
 
 @functools.lru_cache(maxsize=8)

@@ -143,7 +143,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     family = family or ("mistral" if windowed else "llama")
     window = max((c.windows[i] for i in windowed), default=None)
     written: dict[str, Any] = {
-        "architectures": [f"{''.join(word.capitalize() for word in family.split('_'))}ForCausalLM"],
+        "architectures": [_architecture(family)],
         "model_type": family,
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -184,9 +184,14 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     return written
 
 
+def _architecture(model_type: str) -> str:
+    return f"{''.join(word.capitalize() for word in model_type.split('_'))}ForCausalLM"
+
+
 def with_scalar(config: Mapping[str, Any]) -> dict[str, Any]:
     """A language model's config.json as that of a classifier of one label, transformers' form of a scalar head."""
-    architectures = [name.replace("ForCausalLM", _CLASSIFIER) for name in config["architectures"]]
+    causal = config.get("architectures") or [_architecture(config["model_type"])]
+    architectures = [name.replace("ForCausalLM", _CLASSIFIER) for name in causal]
     return {**config, "architectures": architectures, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 

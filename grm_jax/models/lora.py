@@ -38,7 +38,15 @@ def _parts(name: str, axes: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]
 
 
 def matrices(shapes: Mapping[str, object], lora: Lora) -> list[str]:
-    """The parameters that get an adapter: the target matrices of every layer."""
+    """The parameters that get an adapter: the target matrices of every layer.
+
+    Raises ValueError for a target that the model does not have, unless all there are were meant (the default).
+    """
+    kinds = {name.rpartition(".")[2] for name in shapes if name.startswith("layers.")}
+    absent = [target for target in lora.targets if target not in kinds]
+    if absent and (lora.targets != Lora().targets or len(absent) == len(lora.targets)):
+        known = ", ".join(sorted(kinds & _OUTPUT_AXES.keys()))
+        raise ValueError(f"lora.targets has {', '.join(absent)}, which this model has not; it has {known}")
     return [name for name in shapes if name.startswith("layers.") and name.rpartition(".")[2] in lora.targets]
 
 

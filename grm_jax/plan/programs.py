@@ -130,8 +130,11 @@ def _prompts(recipe: RlConfig, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def _texts(recipe: MetaConfig | PairsConfig, mesh: jax.sharding.Mesh, group: int) -> Texts:
-    R, half = recipe.batch * group, recipe.max_tokens // 2
-    shapes = ((R, half), (R,), (R, half), (R,), (R,), (R,))
+    R, most = (
+        recipe.batch * group,
+        power_of_two(recipe.max_tokens, LEAST_TOKENS),
+    )  # one row's prompt, another one's text
+    shapes = ((R, most), (R,), (R, most), (R,), (R,), (R,))
     dtypes = (*(jnp.int32,) * 4, jnp.float32, jnp.float32)
     return Texts(*(_rows(mesh, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
 

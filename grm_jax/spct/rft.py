@@ -62,7 +62,7 @@ def run(recipe: RftConfig) -> None:
         run.measured(run.first)
         for number in range(run.first, recipe.steps):
             batch = next(run.batches)
-            with runs.traced(recipe, number):
+            with run.traced(number):
                 run.state, scalars = step(run.state, begun.frozen, rft_step.put(batch, begun.policy))
             run.settled(scalars)
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))
@@ -133,7 +133,7 @@ def mixture(
 
     def of_sample(sample: Sample) -> tuple[list[int], list[int]]:
         example = sample.example
-        turns = prompts.render(example, sample.order, template_of(example), controls=tokenizer.specials)
+        turns = prompts.render(example, sample.order, template_of(example), controls=tokenizer.controls)
         return encode_chat(tokenizer, (*turns, Message("assistant", sample.text)))
 
     return [
@@ -147,5 +147,5 @@ def _write(run: Run, done: int, batch: Packed, scalars: dict[str, jax.Array]) ->
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     seconds = run.seconds()
     context = float((batch.positions * (batch.segments > 0)).sum() / max(int((batch.segments > 0).sum()), 1))
-    work = flops.model_flops(run.begun.policy.config, 0, batch.tokens.size, context)
+    work = flops.model_flops(run.begun.policy.config, 0, int((batch.segments > 0).sum()), context)
     run.metrics.write(done, values | metrics.speed(values["tokens"], work, seconds))

@@ -66,7 +66,7 @@ def run(recipe: RlConfig) -> None:
         run.measured(run.first)
         for number in range(run.first, recipe.steps):
             batch, shown = next(run.batches)
-            with runs.traced(recipe, number):
+            with run.traced(number):
                 run.state, report = step(run.state, begun.frozen, rl_step.put(batch, begun.policy), key)
             run.settled(report)
             run.reported(functools.partial(_write, run, number + 1, batch, shown, report))

@@ -51,18 +51,34 @@ class Run:
     known: frozenset[int]  # steps up to `first` after which the held-out examples have been judged
     _saved: int | None = None  # the last step whose state is
     _late: Callable[[], None] | None = None
+    _settled: bool = False  # whether every step is waited for
     _clock: float = 0.0
 
     def reported(self, write: Callable[[], None] | None) -> None:
-        """Write the step before, and remember what writes this one; None at the end."""
+        """Write the step before, and remember what writes this one; None at the end. A settled step is written at once."""
         if self._late:
             self._late()
         self._late = write
+        if self._settled and write:
+            write()
+            self._late = None
 
     def settled(self, report: Any) -> None:
         """On simulated devices, wait for the step: two at once can take all threads, each waiting for the other's."""
         if jax.default_backend() == "cpu" and self.begun.policy.mesh.size > 1:
             jax.block_until_ready(report)
+            self._settled = True
+
+    @contextlib.contextmanager
+    def traced(self, step: int) -> Iterator[None]:
+        """Write a profiler's trace of the step, from its begin to the end of its work, where the recipe asks for one."""
+        if step not in self.recipe.profile:
+            yield
+            return
+        jax.block_until_ready(self.state)
+        with jax.profiler.trace(f"{self.recipe.output}/profile/step-{step}"):
+            yield
+            jax.block_until_ready(self.state)
 
     def seconds(self) -> float:
         """Since the last call, or since the run began."""
@@ -166,6 +182,11 @@ def opened(
         first, restored = 0, saver.restore(target)
         if restored is not None:
             first, state, data = restored
+            if first > recipe.steps:
+                raise ValueError(
+                    f"{recipe.output} has a checkpoint of step {first}, steps = {recipe.steps}: give {first} or more, or "
+                    "another output"
+                )
             batches.set_state(data["batches"])
             logger.info("going on behind step %d of %s", first, recipe.output)
         with Metrics(recipe.output, first if restored else -1) as metrics:
@@ -182,13 +203,3 @@ def _measured_steps(output: str) -> set[int]:
         with contextlib.suppress(ValueError):  # half-written
             found.add(json.loads(line)["step"])
     return found
-
-
-@contextlib.contextmanager
-def traced(recipe: RftConfig | RlConfig, step: int) -> Iterator[None]:
-    """Write a profiler's trace of the step where the recipe asks for one."""
-    if step not in recipe.profile:
-        yield
-        return
-    with jax.profiler.trace(f"{recipe.output}/profile/step-{step}"):
-        yield

@@ -83,7 +83,7 @@ def train(
         measured(run, run.first)
         for number in range(run.first, recipe.steps):
             batch = next(run.batches)
-            with runs.traced(recipe, number):
+            with run.traced(number):
                 run.state, scalars = step(run.state, scalar_step.put(batch, begun.policy))
             run.settled(scalars)
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))

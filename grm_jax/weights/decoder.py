@@ -44,6 +44,6 @@ def tokenizer_of(path: str | Path) -> tokenizers.Tokenizer | None:
         return tokenizers.from_gguf(path)
     from etils import epath
 
-    if not any((epath.Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((epath.Path(path).expanduser() / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     return tokenizers.from_folder(path)
