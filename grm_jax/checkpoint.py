@@ -66,6 +66,15 @@ def claim(folder: str, recipe: object) -> None:
     for another recipe, naming the fields, and for a file that holds none.
     """
     place, text = _path(folder) / RECIPE, recipes.as_json(recipe)
+    check_claim(folder, recipe)
+    if jax.process_index() == 0 and not (place.exists() and place.read_text() == text):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(place, text)
+
+
+def check_claim(folder: str, recipe: object) -> None:
+    """Raise what `claim` would, and write nothing: for before the first thing is written, or a model loaded."""
+    place = _path(folder) / RECIPE
     if place.exists():
         saved = place.read_text()
         try:
@@ -74,11 +83,6 @@ def claim(folder: str, recipe: object) -> None:
             raise ValueError(f"{place} holds no recipe ({error}): give another output, or mend the file") from error
         constant = getattr(getattr(recipe, "optimizer", None), "schedule", None) == "constant"
         recipes.check_same(saved, recipe, (*FREE, "steps") if constant else FREE)
-        if saved == text:
-            return
-    if jax.process_index() == 0:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(place, text)
 
 
 @dataclasses.dataclass(frozen=True)

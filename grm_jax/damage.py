@@ -21,7 +21,15 @@ _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, Attribut
 _STORAGE = re.compile(
     "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
 )
+_PASSES = re.compile(
+    "(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN|OUT_OF_RANGE|DATA_LOSS): "
+)
 Value = TypeVar("Value")
+
+
+def of_storage(error: Exception) -> bool:
+    """Whether an error tells of storage that failed, and may serve again: no fault of the input or the settings."""
+    return isinstance(error, ValueError) and _PASSES.match(str(error)) is not None
 
 
 @dataclasses.dataclass(frozen=True)

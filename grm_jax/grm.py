@@ -29,7 +29,7 @@ from grm_jax import prompts
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, JudgeSettings
 from grm_jax.datatypes import Example, Judgment, Verdict
-from grm_jax.judging import Judged, in_rounds
+from grm_jax.judging import Judged, check_fit, in_rounds
 from grm_jax.models.decoder import Model, bind
 from grm_jax.sampler import Sampling, generate
 from grm_jax.sharding import DECODING, Rules
@@ -107,15 +107,20 @@ class Grm:
             seen.add(example.id)
         by_n = cache(partial(self.template, settings=settings))
         template_of = template_of or (lambda example: by_n(len(example.responses)))
-        mixed = len({template_of(example) for example in examples}) > 1
+        shown: dict[prompts.Template, list[Example]] = {}
+        for example in examples:
+            shown.setdefault(template_of(example), []).append(example)
+        for template, alike in shown.items():
+            check_fit(self, template, alike, settings)
+        mixed = len(shown) > 1
         window = _WINDOW if mixed else max(len(examples), 1)  # verdicts of a mixed file stay near their order
         for start in range(0, len(examples), window):
-            alike: dict[tuple[prompts.Template, int], list[Example]] = {}
+            groups: dict[tuple[prompts.Template, int], list[Example]] = {}
             for example in examples[start : start + window]:
                 template = template_of(example)
                 among = len(example.responses) if template.kind == "choice" else 0  # what its box may hold
-                alike.setdefault((template, among), []).append(example)
-            for (template, _), group in alike.items():
+                groups.setdefault((template, among), []).append(example)
+            for (template, _), group in groups.items():
                 found = in_rounds(self, template, group, settings, hint_of, greedy)
                 yield from _guided(found, meta_rm, settings.k_meta) if meta_rm else map(_voted, found)
 

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -113,6 +113,24 @@ def _prepare(
         asked.setdefault(ids_of[dealt[j]], []).append((stable_hash(example.id), j))
     requests = [Request(ids, tuple(samples), numbers) for ids, samples in asked.items()]
     return _Task(example, dealt, requests, sum(map(len, set(ids_of.values()))), cut)
+
+
+def check_fit(grm: Writer, template: prompts.Template, examples: Sequence[Example], settings: JudgeSettings) -> None:
+    """Raise ValueError, before anything is judged, for examples that cannot be cut to fit beside a judgment.
+
+    Tokens of a hint, and of forced scores, are counted when an example's turn comes.
+    """
+    tokenizer, positions = grm.need_tokenizer(), grm.model.config.max_positions
+    limit = positions - settings.max_new_tokens
+    if limit < 1:
+        raise ValueError(
+            f"max_new_tokens = {settings.max_new_tokens}: the model has {positions} positions, for a prompt too; lower it"
+        )
+
+    def tokens(messages: tuple[Message, ...]) -> int:
+        return len(prompt_ids(tokenizer, messages))
+
+    prompts.check_fit(examples, template, limit, tokens, tokenizer.controls)
 
 
 def in_rounds(

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grm_jax import log, processes, recipes
+from grm_jax import damage, log, processes, recipes
 from grm_jax.config import (
     BenchConfig,
     CompareConfig,
@@ -225,6 +225,9 @@ def _run(argv: Sequence[str]) -> int:
         return int(stop.code or 0)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if damage.of_storage(error):
+            print("the storage failed; the same command goes on where the run was saved last", file=sys.stderr)
+            return processes.LOST
         return 2
     except KeyboardInterrupt:
         print("interrupted; a run with an output goes on there when run again without --overwrite", file=sys.stderr)

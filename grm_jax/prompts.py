@@ -36,6 +36,7 @@ MARKERS = (
 )
 VARIABLES = frozenset({"messages", "conversation", "responses", "response", "n", "reference", "hint", "low", "high"})
 FLOOR = 128  # characters that a cut leaves of a text at least, its mark included
+_FITTING = 16  # examples in a row that fit: shorter ones will too
 TRIES = 16  # prompts counted per search for the cut
 
 Kind = Literal["scores", "choice", "text"]
@@ -282,6 +283,34 @@ def fit(
         return count(render(candidate, order, template, controls=controls)) + spare
 
     return cut_to(example, limit, tokens, f"a shorter template than {template.name!r}, or fewer responses")
+
+
+def check_fit(
+    examples: Sequence[Example], template: Template, limit: int, count: Callable[[tuple[Message, ...]], int],
+    controls: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Raise ValueError that names the examples which `fit` cannot cut to the limit, before anything is done with others.
+
+    A text keeps at least FLOOR characters, so those of many texts are the longest then. They are tried in this order until
+    _FITTING in a row fit: not all of a large file are rendered for the sake of a few.
+    """
+
+    def least(example: Example) -> int:
+        texts = (*(message.content for message in example.messages), *example.responses, example.reference or "")
+        return sum(min(len(text.encode()), 4 * FLOOR) for text in texts)
+
+    faults, fitting = [], 0
+    for example in sorted(examples, key=least, reverse=True):
+        try:
+            fit(example, template, limit, count, controls)
+            fitting += 1
+        except ValueError as error:
+            faults.append(str(error))
+            fitting = 0
+        if fitting == _FITTING:
+            break
+    if faults:
+        raise ValueError("\n  ".join([f"{len(faults)} examples do not fit, take them out:", *faults[:20]]))
 
 
 def cut_to(example: Example, limit: int, tokens: Callable[[Example], int], otherwise: str) -> tuple[Example, int]:

@@ -106,7 +106,7 @@ class PromptBatches:
             max_prompt_tokens: longer prompts are cut, as `prompts.fit` does.
 
         Raises:
-            ValueError: no items, an item without labels or without a place in its template.
+            ValueError: no items, an item without labels or without a place in its template, or that cannot be cut to fit.
         """
         if not items:
             raise ValueError("no items to make batches of: give labelled examples with one best response")
@@ -126,6 +126,12 @@ class PromptBatches:
         ]
         self.epoch_steps = sum(-(-len(group.items) // size) for group in self._groups)
         self._plan = functools.lru_cache(maxsize=2)(functools.partial(_plan, self._groups, size, seed))
+
+        def tokens(turns: tuple[Message, ...]) -> int:
+            return len(_prompt_ids(tokenizer, turns))
+
+        for group in self._groups:
+            prompts.check_fit(group.items, group.template, max_prompt_tokens, tokens, tokenizer.controls)
 
     def __len__(self) -> int:
         return self.steps

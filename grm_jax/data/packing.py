@@ -36,29 +36,36 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Records and what makes ids of one; `share` of the mixture's texts come from here."""
+    """Records and what makes ids of one; `share` of the mixture's texts come from here. Messages call it `name`."""
 
     records: Sequence[Any]
     encode: Encode
     share: float
+    name: str = "the texts"
 
 
 class TooLong:
-    """Counts the texts that no row can hold."""
+    """Counts the texts of each source that no row can hold."""
 
-    def __init__(self, longest: int) -> None:
-        self.longest, self.count, self.kept = longest, 0, 0
+    def __init__(self, longest: int, sources: Sequence[Source]) -> None:
+        self.longest, self.sources = longest, sources
+        self.dropped, self.kept = [0] * len(sources), [0] * len(sources)
 
-    def fits(self, text: dict[str, np.ndarray]) -> bool:
-        """Whether a row can hold it. Raises ValueError where the first 1,000 texts were all too long."""
-        fits = len(text["tokens"]) <= self.longest
-        self.count, self.kept = self.count + (not fits), self.kept + fits
-        if self.count == 1000 and not self.kept:
+    def fits(self, text: dict[str, Any]) -> bool:
+        """Whether a row can hold it. Raises ValueError where all texts of a source were too long, or its first 1,000."""
+        fits, i = len(text["tokens"]) <= self.longest, text["source"]
+        self.kept[i] += fits
+        self.dropped[i] += not fits
+        if not self.kept[i] and self.dropped[i] == min(1000, len(self.sources[i].records)):
             raise ValueError(
-                f"1000 texts and none of at most {self.longest} tokens (the last has {len(text['tokens'])}): "
-                "raise sequence_tokens"
+                f"{self.dropped[i]} of {self.sources[i].name} and none of at most {self.longest} tokens (the last has "
+                f"{len(text['tokens'])}): raise sequence_tokens, or leave them out"
             )
         return fits
+
+    def counts(self) -> dict[str, int]:
+        """How many were left out, by the name of their source."""
+        return {source.name: count for source, count in zip(self.sources, self.dropped, strict=True) if count}
 
 
 def encoded(prompt: Sequence[int], completion: Sequence[int]) -> dict[str, np.ndarray]:
@@ -86,13 +93,14 @@ def packed(sources: Sequence[Source], rows: int, length: int, seed: int) -> tupl
         grain.MapDataset.source(source.records)
         .seed(seed + i)
         .shuffle()
-        .map(lambda record, encode=source.encode: encoded(*encode(record)))
+        .map(lambda record, encode=source.encode, i=i: {**encoded(*encode(record)), "source": i})
         .repeat()
         for i, source in enumerate(used)
     ]
     mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, [source.share for source in used])
-    too_long = TooLong(length)
+    too_long = TooLong(length, used)
     texts = mixed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)).filter(too_long.fits)
+    texts = texts.map(lambda text: {name: text[name] for name in ("tokens", "trains")})
     lengths = {"tokens": length, "trains": length}
     bins = grain.experimental.FirstFitPackIterDataset(
         texts, length_struct=lengths, num_packing_bins=rows, shuffle_bins=False

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from etils import epath
 
 from grm_jax import baselines, grm, hosts, losses, prompts
+from grm_jax.checkpoint import check_claim
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
 from grm_jax.data.shares import part_of, shared_writer
@@ -81,6 +82,7 @@ def pair_rm(recipe: PairsConfig) -> None:
 
 def cloud(recipe: CloudConfig) -> None:
     """Train the recipe's model, a value head for its critic, into `output`/model. Errors as `meta.run`."""
+    check_claim(recipe.output, recipe)
     name = recipe.template or baselines.CRITIQUE
     template = prompts.load_template(name, boxed=False)
     found, begun, limit = _begin(recipe)
@@ -179,7 +181,7 @@ def _train(
         run.reported(None)  # the time of a step is none of the measurement's
         policy = begun.policy
         model = Model(policy.config, policy.graph, policy.working(run.state.params, {}), policy.mesh)
-        result = measured(found.held_out, score(model, found.held_out), recipe.seed)
+        result = measured(found.held_out, run.heeded(score(model, found.held_out), done), recipe.seed)
         logger.info("after %d steps: %s", done, result)
         run.metrics.held_out(done, dataclasses.asdict(result))
         run.seconds()

@@ -99,7 +99,7 @@ def _measure(held_out: Sequence[Sample], encoded: Sequence[Ids], run: Run, done:
     if not held_out or not scalar.due(run, done):
         return
     run.reported(None)  # the time of a step is none of the measurement's
-    logits = scalar.logits_of(run.begun, run.state.params, encoded)
+    logits = scalar.logits_of(run.begun, run.state.params, encoded, functools.partial(run.heed, done))
     found = calibration.measure(logits, np.array([sample.correct for sample in held_out]))
     logger.info("after %d steps, %d held-out judgments: %s", done, len(held_out), found)
     run.metrics.held_out(done, {"judgments": len(held_out)} | found.numbers())

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from grm_jax import hosts, metrics, prompts
+from grm_jax.checkpoint import check_claim
 from grm_jax.data import items as labelled
 from grm_jax.data.chat import Chat, encode_chat, read_chats
 from grm_jax.data.packing import Packed, Source, packed
@@ -48,7 +49,9 @@ def run(recipe: RftConfig) -> None:
         runs.say_items(found)
     chats = [chat for file in recipe.general for chat in read_chats(file)]
     _check_templates(recipe, found)
+    check_claim(recipe.output, recipe)
     begun = start.load(recipe, reference=False)
+    _check_turns(chats, begun.tokenizer)
     check_microbatch("microbatch_rows", recipe.microbatch_rows, begun.policy.mesh)
     kept = collect(recipe, found, begun) if found.train else []
     sources = mixture(recipe, begun.tokenizer, kept, chats, runs.template_of(recipe, found))
@@ -68,8 +71,8 @@ def run(recipe: RftConfig) -> None:
             run.reported(functools.partial(_write, run, number + 1, batch, scalars))
             run.kept(number + 1)
             run.measured(number + 1)
-        if too_long.count:
-            logger.info("%d texts were longer than a row of %d tokens", too_long.count, recipe.sequence_tokens)
+        for name, count in too_long.counts().items():
+            logger.info("%d texts of %s were longer than a row of %d tokens", count, name, recipe.sequence_tokens)
         start.save(begun, run.state, recipe.output)
 
 
@@ -81,6 +84,18 @@ def _check_templates(recipe: RftConfig, found: labelled.ItemSet) -> None:
 
     check_places(found.train, name_of(recipe.sample_template or recipe.template), hinted=recipe.hinted > 0)
     check_places([*found.train, *found.held_out], name_of(recipe.template), hinted=False)
+
+
+def _check_turns(chats: Sequence[Chat], tokenizer: Tokenizer) -> None:
+    """Raise ValueError, naming the first conversation, for roles that the chat template refuses."""
+    first: dict[tuple[str, ...], Chat] = {}
+    for chat in chats:
+        first.setdefault(tuple(message.role for message in chat.messages), chat)
+    for roles, chat in first.items():
+        try:
+            encode_chat(tokenizer, tuple(Message(role, "text") for role in roles))
+        except ValueError as error:
+            raise ValueError(f"general instruction {chat.id!r}: {error}, or leave such out") from error
 
 
 def collect(recipe: RftConfig, found: labelled.ItemSet, begun: Start) -> list[Sample]:
@@ -137,8 +152,10 @@ def mixture(
         return encode_chat(tokenizer, (*turns, Message("assistant", sample.text)))
 
     return [
-        Source(kept, of_sample, 1 - recipe.general_share),
-        Source(chats, lambda chat: encode_chat(tokenizer, chat.messages), recipe.general_share),
+        Source(kept, of_sample, 1 - recipe.general_share, "the judgments"),
+        Source(
+            chats, lambda chat: encode_chat(tokenizer, chat.messages), recipe.general_share, "the general instructions"
+        ),
     ]
 
 

@@ -113,11 +113,16 @@ class Run:
         Raises KeyboardInterrupt, when all is saved, where the run was asked to stop; the measurement begins anew then.
         """
         for number, verdict in enumerate(verdicts):
-            if number % _HEEDED == 0 and self.interrupt.asked:
-                if done not in (0, self._saved):
-                    self._save(done)
-                self._leave(done)
+            if number % _HEEDED == 0:
+                self.heed(done)
             yield verdict
+
+    def heed(self, done: int) -> None:
+        """Raise KeyboardInterrupt, with the state after `done` steps saved, where the run was asked to stop."""
+        if self.interrupt.asked:
+            if done not in (0, self._saved):
+                self._save(done)
+            self._leave(done)
 
     def measured(self, done: int) -> None:
         """Judge the held-out examples where that is due after `done` steps, and log and keep what came out.

@@ -101,14 +101,17 @@ def due(run: Run, done: int) -> bool:
     return (done in (0, run.recipe.steps) or (every > 0 and done % every == 0)) and done not in run.known
 
 
-def logits_of(begun: Start, params: dict[str, jax.Array], encoded: Sequence[Ids]) -> np.ndarray:
-    """The logits of encoded texts, in their order, computed in batches of similar length."""
+def logits_of(
+    begun: Start, params: dict[str, jax.Array], encoded: Sequence[Ids], heed: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """The logits of encoded texts, in their order, computed in batches of similar length; `heed` is called before each."""
     policy = begun.policy
     compute: Callable[[dict, Texts], jax.Array] = jax.jit(functools.partial(scalar_step.logits_of, policy))
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
     found = np.zeros(len(encoded), np.float32)
     size = _ROWS * rows_of(policy.mesh)
     for at in range(0, len(order), size):
+        heed()
         mine = order[at : at + size]
         rows = [encoded[i] for i in np.resize(mine, size)]
         batch = scalar_batches.batch(rows, [False] * size, np.ones(size))
