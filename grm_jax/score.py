@@ -45,7 +45,11 @@ def run(config: ScoreConfig) -> None:
     from grm_jax.data.shares import part_of, shared_writer
     from grm_jax.models import kernels
     from grm_jax.sharding import lay_out, spans_processes
+    from grm_jax.weights.decoder import check_decoder
 
+    for model, scalar in ((config.model, bool(config.baseline)), (config.meta_rm, True), (config.critic, False)):
+        if model:
+            check_decoder(model, scalar)
     kernels.select(config.kernels)
     mesh = lay_out(config.mesh, config.devices)
     share = hosts.share(lockstep=spans_processes(mesh))

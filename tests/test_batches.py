@@ -238,11 +238,17 @@ def test_items_that_cannot_be_shown_are_errors(short):
         source_of([dataclasses.replace(item_of(1, 2), scores=None)], short)
     with pytest.raises(ValueError, match="does not show 'reference'"):
         source_of([dataclasses.replace(item_of(1, 2), reference="r")], short)
+    turns = tuple(Message("user" if i % 2 == 0 else "assistant", "x" * 200) for i in range(81))
+    long = dataclasses.replace(item_of(1, 2), id="long", messages=turns)
+    with pytest.raises(
+        ValueError, match=r"(?s)1 examples do not fit, take them out:.*'long' has \d+ tokens with every"
+    ):
+        source_of([*items_of(40), long], short)
 
 
 def test_nothing_is_tokenised_before_its_batch_is_due(short, monkeypatch):
     source = source_of(items_of(20), short)
-    asked = []
+    asked = []  # from here on: when it was made, it looked at the longest
     render = prompts.render
     monkeypatch.setattr(
         batches.prompts, "render", lambda e, *rest, **more: asked.append(e.id) or render(e, *rest, **more)

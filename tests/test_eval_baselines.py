@@ -176,6 +176,24 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
         assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_model_of_the_wrong_kind_empties_no_output(folder, tmp_path, capsys):
+    """Nor does a folder without a tokenizer: its config and its files' names say so before any weights are read."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "verdicts.jsonl"
+    rows.write_text(json.dumps({"prompt": "?", "responses": ["a", "b"]}) + "\n")
+    shutil.copytree(folder / "critic", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    for more, said in (
+        (["--model", str(folder / "reward")], "has a scalar head and writes nothing"),
+        (["--model", str(folder / "critic"), "--meta-rm", str(folder / "critic")], "has no scalar head"),
+        (["--model", str(tmp_path / "bare")], "has no tokenizer files"),
+    ):
+        out.write_text("judged before\n")
+        assert main(["score", "--input", str(rows), "--output", str(out), "--overwrite", *more]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+        assert out.read_text() == "judged before\n"
+
+
 @pytest.mark.parametrize("kind", ["pair_rm", "cloud", "meta_rm"])
 def test_a_template_that_a_model_keeps_is_held_against_the_rows_first(tmp_path, capsys, kind):
     """The folder has a template and no model: nothing else is read before the rows are known to fit."""

@@ -1,6 +1,7 @@
 """Log-probabilities for training against one plain forward pass a text: in value, and in gradient."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -186,15 +187,15 @@ def test_a_stream_goes_on_where_its_state_says():
 def test_sources_are_mixed_in_their_shares_and_long_texts_counted():
     one = Source([1], lambda n: ([1], [1]), 1.0)
     other = Source([2], lambda n: ([2], [2]), 3.0)
-    long = Source([3], lambda n: ([3] * 20, [3]), 1.0)
+    long = Source([20, 1], lambda n: ([3] * n, [3]), 1.0, "long ones")
     stream, too_long = packed([one, other, long], rows=4, length=16, seed=0)
     it, tokens = iter(stream), []
     for _ in range(50):
         tokens += next(it).tokens.reshape(-1).tolist()
     counts = np.bincount(tokens, minlength=4)
-    assert counts[3] == 0
+    assert counts[3] / counts[1] == pytest.approx(0.5, rel=0.1), "every second of them is longer than a row"
     assert counts[2] / counts[1] == pytest.approx(3, rel=0.05)
-    assert too_long.count > 100
+    assert too_long.counts() == {"long ones": pytest.approx(counts[3] / 2, rel=0.1)}
 
 
 def test_what_cannot_be_packed_is_named():
@@ -202,9 +203,12 @@ def test_what_cannot_be_packed_is_named():
         packed([Source([], lambda n: ([1], [1]), 1.0), Source([1], lambda n: ([1], [1]), 0.0)], 1, 8, 0)
     with pytest.raises(ValueError, match="a text of 0 prompt and 1 completion tokens"):
         encoded([], [1])
-    stream, _ = packed([Source([1], lambda n: ([1] * 20, [1]), 1.0)], 1, 8, 0)
-    with pytest.raises(ValueError, match="1000 texts and none of at most 8 tokens"):
-        next(iter(stream))
+    short = Source([1], lambda n: ([1], [1]), 9.0)
+    for count, said in ((2000, 1000), (3, 3)):
+        long = Source([1] * count, lambda n: ([1] * 20, [1]), 1.0, "long ones")
+        stream = iter(packed([short, long], 1, 8, 0)[0])
+        with pytest.raises(ValueError, match=f"{said} of long ones and none of at most 8 tokens .the last has 21."):
+            list(itertools.islice(stream, 5000))
 
 
 def test_packed_is_a_pytree():

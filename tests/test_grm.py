@@ -246,6 +246,17 @@ def test_an_over_long_prompt_is_cut_and_counted(grm):
     assert found.usage.prompt_tokens <= 2 * 8192
 
 
+def test_what_cannot_be_cut_to_fit_is_named_before_anything_is_judged(grm, monkeypatch):
+    asked = []
+    monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [5] * len(shown), asked))
+    turns = tuple(Message("user" if i % 2 == 0 else "assistant", "x" * 200) for i in range(119))
+    with pytest.raises(ValueError, match=r"(?s)1 examples do not fit, take them out:.*'long' has \d+ tokens"):
+        grm.score([example("a", "b"), Example("long", turns, ("a", "b")), example("c", "d", id="c")])
+    with pytest.raises(ValueError, match="max_new_tokens = 9000: the model has 8192 positions, for a prompt"):
+        grm.score([example("a", "b")], max_new_tokens=9000)
+    assert asked == []
+
+
 def test_ids_that_occur_twice_are_refused(grm):
     with pytest.raises(ValueError, match="'a' occurs twice"):
         grm.score([example("x", "y"), example("z", "w")])

@@ -28,18 +28,22 @@ import grm_jax
 from grm_jax import judging, prompts
 from grm_jax.checkpoint import Saver
 from grm_jax.data import items as labelled
+from grm_jax.data.chat import Chat
 from grm_jax.data.jsonl import parse_row
+from grm_jax.datatypes import Message
 from grm_jax.log import logger
-from grm_jax.main import main
+from grm_jax.main import COMMANDS, main
 from grm_jax.metrics import Metrics
+from grm_jax.processes import LOST
 from grm_jax.recipes import Checkpoints, Fresh, Items, Lora, Optimizer, RftConfig, RlConfig, as_json
-from grm_jax.spct import rft, rl, runs, start
+from grm_jax.spct import meta, rft, rl, runs, start
 from grm_jax.spct.measure import worth_of
 from grm_jax.spct.rft import mixture
 from grm_jax.spct.rl import hard_enough
 from grm_jax.spct.sample import Sample, read_samples, row_of
-from grm_jax.tokenizer import ByteTokenizer
+from grm_jax.tokenizer import ByteTokenizer, Tokenizer
 from grm_jax.train import policy as training
+from grm_jax.vocab import ByteVocab
 
 TEMPLATE = str(Path(__file__).parents[1] / "configs/tiny_template.txt")
 HINT = " Best: "
@@ -484,6 +488,52 @@ def test_templates_are_held_against_the_items_before_a_model_is_loaded(place, tm
         with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){said}"):
             rft.run(recipe)
         assert not Path(recipe.output).exists()
+
+
+def test_a_folder_of_another_run_is_refused_before_a_model_is_loaded(place, tuned, tmp_path):
+    recipe = replace(tuned, model=str(tmp_path / "no model"), seed=5)
+    with pytest.raises(ValueError, match="was started otherwise"):
+        rft.run(recipe)
+
+
+def test_conversations_that_the_chat_template_refuses_are_named_before_sampling():
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    tokenizer = Tokenizer(ByteVocab(), 256, (257,), template + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    good = Chat("good", (Message("user", "a"), Message("assistant", "b")))
+    bad = Chat("bad-7", (Message("assistant", "a"), Message("user", "b"), Message("assistant", "c")))
+    rft._check_turns([good, good], tokenizer)
+    with pytest.raises(ValueError, match=r"general instruction 'bad-7': turns .* user first.*, or leave such out"):
+        rft._check_turns([good, bad], tokenizer)
+
+
+def test_a_measurement_of_a_scalar_model_looks_whether_to_stop(monkeypatch):
+    """Before each batch of texts, and what it finds is the run's own: saved, and left."""
+    heeded = []
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(steps=4, evaluate_every=2), known=(), reported=lambda write: None, begun=None,
+        state=SimpleNamespace(params=None), heed=heeded.append,
+    )  # fmt: skip
+
+    def logits(begun, params, encoded, heed):
+        heed()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grm_jax.spct.scalar.logits_of", logits)
+    with pytest.raises(KeyboardInterrupt):
+        meta._measure([None], [([1], [2])], run, 2)
+    assert heeded == [2]
+
+
+def test_storage_that_fails_is_no_bad_input(monkeypatch, capsys):
+    """2 is what a supervisor does not try again; 75 it does."""
+    for said, code in (("UNAVAILABLE: Error writing", LOST), ("OUT_OF_RANGE: Error writing", LOST), ("steps = 0", 2)):
+
+        def fails(argv, said=said):
+            raise ValueError(said)
+
+        monkeypatch.setitem(COMMANDS, "score", fails)
+        assert main(["score"]) == code
+        assert said in capsys.readouterr().err
 
 
 def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, base, monkeypatch):

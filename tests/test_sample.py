@@ -301,6 +301,7 @@ def command(files: Path, *more: str) -> int:
 
 def test_the_command_writes_samples_and_reports_by_source(grm, files, prompts_of_lengths, monkeypatch, capsys):
     monkeypatch.setattr(sampling, "load", lambda model, dtype, mesh: grm)
+    monkeypatch.setattr(sampling, "check_decoder", lambda model, scalar: None)
     assert command(files) == 0
     found = read_samples(str(files.parent / "out.jsonl"))
     assert Counter(s.id for s in found) == {e.id: 3 for e in [*ITEMS, SINGLE]}

@@ -37,6 +37,7 @@ from grm_jax.evals.judge import Judge
 from grm_jax.log import logger
 from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.sample import Sample, read_samples, row_of, samples_of
+from grm_jax.weights.decoder import check_decoder
 from grm_jax.weights.embedded import check_model
 
 JUDGMENTS, GREEDY = "judgments.jsonl", "greedy.jsonl"
@@ -55,9 +56,10 @@ def run(config: EvalConfig) -> None:
         raise DataError(f"{config.data} has no cases of {config.benchmark}: give the official files")
     judges.check_orders(config, benchmark)
     templates = judges.templates_of(benchmark.cases, config)
-    for model in (config.model, config.meta_rm, config.critic):
+    for model, scalar in ((config.model, bool(config.baseline)), (config.meta_rm, True), (config.critic, False)):
         if model:
             check_model(model)
+            check_decoder(model, scalar)
     opened = functools.cache(lambda: judges.open_judge(config))
     settings = judges.settings_of(config)
     alone = judges.once(config, settings, benchmark)

@@ -41,6 +41,7 @@ from grm_jax.recipes import SampleConfig
 from grm_jax.rewards import is_correct, is_tie
 from grm_jax.sharding import lay_out, spans_processes
 from grm_jax.spct.measure import longest_of
+from grm_jax.weights.decoder import check_decoder
 from grm_jax.weights.embedded import check_model
 
 _LOG_SECONDS = 10.0  # between two lines of progress
@@ -124,9 +125,10 @@ def run(config: SampleConfig) -> None:
         return labelled.template_of(item, found.scales, config.template)
 
     check_places(found.train, name_of, config.hinted)
-    for model in (config.model, config.meta_rm):
+    for model, scalar in ((config.model, False), (config.meta_rm, True)):
         if model:
             check_model(model)
+            check_decoder(model, scalar)
     kernels.select(config.kernels)
     mesh = lay_out(config.mesh, config.devices)
     share = hosts.share(lockstep=spans_processes(mesh))
