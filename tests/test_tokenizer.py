@@ -22,6 +22,7 @@ from grm_jax.gguf_file import open_gguf
 from grm_jax.tokenizer import ByteTokenizer, Tokenizer, from_folder, from_gguf
 from grm_jax.turns import fold
 from grm_jax.vocab import ByteVocab, FastVocab, byte_level_tokenizer, byte_symbols
+from grm_jax.weights.decoder import tokenizer_of
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokens.json").read_text())
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
@@ -339,6 +340,15 @@ def test_small_gguf(tmp_path):
     assert tokenizer.token_bytes()[256:] == [b"he", b"", b"<tool>"]
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (257,))
     assert tokenizer.chat([Message("user", "hi")]) == "hi<|im_end|>"
+
+
+def test_a_checkpoint_below_the_home_folder_has_its_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder(tmp_path / "judge", {"tokenizer.json": byte_level().to_str()})
+    small_gguf(tmp_path / "judge.gguf")
+    assert tokenizer_of("~/judge").vocab_size == byte_level().get_vocab_size()
+    assert tokenizer_of("~/judge.gguf").vocab_size == from_gguf(tmp_path / "judge.gguf").vocab_size
+    assert tokenizer_of("~/none") is None
 
 
 def test_whole_words_go_before_merges():

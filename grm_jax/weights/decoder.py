@@ -10,11 +10,13 @@ from etils import epath
 
 from grm_jax import tokenizer as tokenizers
 from grm_jax.config import Dtype, MeshSizes
+from grm_jax.gguf_file import open_gguf
 from grm_jax.models.decoder import Model, dtype_of, split_abstract
 from grm_jax.sharding import DECODING, Rules, lay_out, parameter_sharding
 from grm_jax.weights.adapters import checkpoint_of
 from grm_jax.weights.embedded import EMBEDDED, find_embedded
 from grm_jax.weights.load import load_params, read_config
+from grm_jax.weights.placement import local_file
 
 
 def load_decoder(
@@ -68,7 +70,8 @@ def _tokenizer_files(path: epath.PathLike) -> list[str]:
 def tokenizer_of(path: str | Path) -> tokenizers.Tokenizer | None:
     """The checkpoint's tokenizer, or None for a folder that has none."""
     if str(path).endswith(".gguf"):
-        return tokenizers.from_gguf(path)
+        with local_file(epath.Path(path).expanduser()) as file:
+            return tokenizers.from_gguf(open_gguf(file, str(path)))
     if not _tokenizer_files(path):
         return None
     return tokenizers.from_folder(path)
