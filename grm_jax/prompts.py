@@ -37,6 +37,7 @@ MARKERS = (
 VARIABLES = frozenset({"messages", "conversation", "responses", "response", "n", "reference", "hint", "low", "high"})
 FLOOR = 128  # characters that a cut leaves of a text at least, its mark included
 _FITTING = 16  # examples in a row that fit: shorter ones will too
+_FAULTS = 20  # examples that do not fit, named at most
 TRIES = 16  # prompts counted per search for the cut
 
 Kind = Literal["scores", "choice", "text"]
@@ -285,32 +286,37 @@ def fit(
     return cut_to(example, limit, tokens, f"a shorter template than {template.name!r}, or fewer responses")
 
 
+class DoesNotFit(ValueError):
+    """An example with more tokens than the limit when every text is at its floor."""
+
+
 def check_fit(
     examples: Sequence[Example], template: Template, limit: int, count: Callable[[tuple[Message, ...]], int],
     controls: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Raise ValueError that names the examples which `fit` cannot cut to the limit, before anything is done with others.
 
-    A text keeps at least FLOOR characters, so those of many texts are the longest then. They are tried in this order until
-    _FITTING in a row fit: not all of a large file are rendered for the sake of a few.
+    They are tried from the longest on, with every text at its floor, until _FITTING in a row fit or twenty have not: not
+    all of a large file are rendered for the sake of a few.
     """
 
     def least(example: Example) -> int:
         texts = (*(message.content for message in example.messages), *example.responses, example.reference or "")
-        return sum(min(len(text.encode()), 4 * FLOOR) for text in texts)
+        return sum(len(_shorten(text, FLOOR).encode()) for text in texts)
 
     faults, fitting = [], 0
     for example in sorted(examples, key=least, reverse=True):
         try:
             fit(example, template, limit, count, controls)
             fitting += 1
-        except ValueError as error:
+        except DoesNotFit as error:
             faults.append(str(error))
             fitting = 0
-        if fitting == _FITTING:
+        if fitting == _FITTING or len(faults) == _FAULTS:
             break
     if faults:
-        raise ValueError("\n  ".join([f"{len(faults)} examples do not fit, take them out:", *faults[:20]]))
+        many = f"{len(faults)}{' or more' * (len(faults) == _FAULTS)} examples do not fit"
+        raise ValueError("\n  ".join([f"{many}, take them out, or leave their prompts more tokens:", *faults]))
 
 
 def cut_to(example: Example, limit: int, tokens: Callable[[Example], int], otherwise: str) -> tuple[Example, int]:
@@ -331,7 +337,7 @@ def cut_to(example: Example, limit: int, tokens: Callable[[Example], int], other
             fitted, after = _longest_fit(functools.partial(cut, example), tokens, limit, length, least, longest)
             return fitted, before - after
         example, longest = shortest, least
-    raise ValueError(
+    raise DoesNotFit(
         f"the prompt of {example.id!r} has {longest} tokens with every text cut to {FLOOR} characters; the limit is "
         f"{limit}: use a model with a longer context, {otherwise}"
     )

@@ -29,7 +29,7 @@ from grm_jax.weights.decoder import load_decoder
 TEMPLATE_FILE = "template.txt"  # of a trained model's folder: what showed the texts
 LEAST_TOKENS = 32  # the smallest padded prompt and text
 ROWS = 32  # texts computed at once, but for the texts of one prompt
-TOKENS = 32_768  # padded ones, of prompts and texts, computed at once, but for one prompt with its texts
+TOKENS = 32_768  # padded ones, of prompts and texts, computed at once on a device, but for one prompt with its texts
 
 _Group = tuple[tuple[int, ...], list[int]]  # a prompt's ids, the numbers of its texts
 
@@ -45,8 +45,9 @@ def scalars(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     for i, (prompt, _) in enumerate(texts):
         of_prompt.setdefault(tuple(prompt), []).append(i)
     found = [0.0] * len(texts)
-    for groups in _shares(sorted(of_prompt.items(), key=lambda group: len(group[0])), texts):
-        arrays = spread(_padded(groups, texts, rows_of(model.mesh)), model.mesh)
+    parts = rows_of(model.mesh)
+    for groups in _shares(sorted(of_prompt.items(), key=lambda group: len(group[0])), texts, parts):
+        arrays = spread(_padded(groups, texts, parts), model.mesh)
         numbers = fetch(_scalars(model.graph, model.params, *arrays), model.mesh)
         widest = power_of_two(max(len(members) for _, members in groups), 1)
         for p, (_, members) in enumerate(groups):
@@ -55,12 +56,18 @@ def scalars(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     return found
 
 
-def _shares(groups: list[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[_Group]]:
-    """Groups cut into shares of at most ROWS padded rows and TOKENS padded tokens, or of one group."""
+def _shares(
+    groups: list[_Group], texts: Sequence[tuple[Sequence[int], Sequence[int]]], parts: int = 1
+) -> list[list[_Group]]:
+    """Groups cut into shares of at most ROWS padded rows and TOKENS padded tokens a part, or of one group.
+
+    parts: of the mesh, which share the prompts; the rows are at most ROWS in all, unless there are more parts.
+    """
 
     def fits(share: list[_Group]) -> bool:
         P, S, G, T = _sizes(share, texts)
-        return P * G <= ROWS and P * (S + G * T) <= TOKENS
+        of_part = -(-P // parts)
+        return (P * G <= ROWS or of_part == 1) and of_part * (S + G * T) <= TOKENS
 
     shares: list[list[_Group]] = []
     for group in groups:

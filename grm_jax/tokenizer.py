@@ -13,6 +13,8 @@ turn is lost in silence.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,13 +115,13 @@ class Tokenizer:
         Such a mark opens or ends a turn whether it is a control token, an added token that no file calls one, or text
         alone ("[INST]").
         """
-        written = ""
-        for roles in (("user", "assistant", "user"), ("system", "user")) if self.chat_template else ():
-            try:
-                written += self._render([(role, "\n") for role in roles], add_generation_prompt=True)
-            except ValueError:  # not these turns
-                continue
-        return tuple(dict.fromkeys([*self.specials, *_BRACKETED.findall(written)]))
+        found = list(self.specials)
+        talks = (("user",), ("user", "assistant"), ("user", "assistant", "user"), ("system", "user"))
+        for roles, asked in itertools.product(talks if self.chat_template else (), (True, False)):
+            with contextlib.suppress(Exception):  # a template may refuse these turns in its own way
+                marks = _BRACKETED.findall(self._render([(role, "x") for role in roles], asked))
+                found += [twin for mark in marks for twin in (mark, *_closing(mark))]
+        return tuple(dict.fromkeys(found))
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model expects it, for `encode`; with the begin token where the template writes it.
@@ -164,6 +166,11 @@ class Tokenizer:
         except TemplateRefusal:  # it took the real texts, so it looks into them, and marks say nothing
             return []
         return [role for role, mark in marks if mark not in text]
+
+
+def _closing(mark: str) -> list[str]:
+    """What ends what a mark of markup opens: some templates cut an answer at it ("</think>")."""
+    return [f"</{mark[1:]}"] if re.fullmatch(r"<\w+>", mark) else []
 
 
 class ByteTokenizer(Tokenizer):

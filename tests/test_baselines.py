@@ -85,6 +85,8 @@ def test_long_texts_are_computed_a_few_at_once():
         of_prompt.setdefault(tuple(prompt), []).append(i)
     shares = scalar_rm._shares(list(of_prompt.items()), texts)
     assert [len(share) for share in shares] == [8, 8, 4, 1]  # the last is one prompt with all its texts
+    shares = scalar_rm._shares(list(of_prompt.items()), texts, parts=4)
+    assert [len(share) for share in shares] == [20, 1], "four devices take four times as many"
 
 
 def test_a_reward_that_is_no_number_is_named():

@@ -241,7 +241,7 @@ def test_items_that_cannot_be_shown_are_errors(short):
     turns = tuple(Message("user" if i % 2 == 0 else "assistant", "x" * 200) for i in range(81))
     long = dataclasses.replace(item_of(1, 2), id="long", messages=turns)
     with pytest.raises(
-        ValueError, match=r"(?s)1 examples do not fit, take them out:.*'long' has \d+ tokens with every"
+        ValueError, match=r"(?s)1 examples do not fit, take them out, or leave.*'long' has \d+ tokens with every"
     ):
         source_of([*items_of(40), long], short)
 

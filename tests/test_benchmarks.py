@@ -293,6 +293,14 @@ def test_a_prepared_benchmark_is_the_same_and_needs_no_tensorflow(tmp_path, caps
     )
     mine = prepared.prepare("preferences", str(tmp_path / "my/own.jsonl"), str(tmp_path / "prepared"))
     assert load("preferences", mine) == load("preferences", str(tmp_path / "my/own.jsonl"))
+    features = Path(mine) / "features.json"
+    before = features.read_text()
+    known = json.loads(before)
+    del known["featuresDict"]["features"]["source"]
+    features.write_text(json.dumps(known))
+    with pytest.raises(DataError, match="written by an earlier version, which kept less: prepare it again"):
+        load("preferences", mine)
+    features.write_text(before)
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/dataset_info.json").write_text('{"builder_name": "json", "features": {"a": 1}}')
     with pytest.raises(DataError, match="not of tensorflow-datasets"):

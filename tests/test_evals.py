@@ -328,7 +328,6 @@ print(*sorted(file.name for file in epath.Path("gs://judge/out").iterdir()))
 """
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
 def test_an_output_has_the_judgments_of_one_model(folder, tmp_path, capsys, monkeypatch):
     """And its greedy point is that of its judgments, or none."""
     monkeypatch.setattr(measure, "RESAMPLES", 10)
@@ -376,10 +375,15 @@ def test_the_greedy_point_of_parts_is_reported_anew(folder, tmp_path, monkeypatc
     assert json.loads((tmp_path / "again/report.json").read_text()) == json.loads(
         (tmp_path / "out/report.json").read_text()
     )
+    for part in (tmp_path / "out").glob("greedy.jsonl-*"):
+        part.unlink()
+    assert main(again) == 0
+    assert json.loads((tmp_path / "again/report.json").read_text())["greedy"] is None
     assert main([*again, "--no-greedy"]) == 0
     assert json.loads((tmp_path / "again/report.json").read_text())["greedy"] is None
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
 def test_data_judgments_and_reports_in_a_bucket(folder, bucket):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "-c", IN_A_BUCKET, str(folder / "LLMBar"), str(folder / "judge"), TEMPLATE],

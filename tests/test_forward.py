@@ -204,7 +204,7 @@ def test_what_cannot_be_packed_is_named():
     with pytest.raises(ValueError, match="a text of 0 prompt and 1 completion tokens"):
         encoded([], [1])
     short = Source([1], lambda n: ([1], [1]), 9.0)
-    for count, said in ((2000, 1000), (3, 3)):
+    for count, said in ((2000, 1000), (3, 6)):
         long = Source([1] * count, lambda n: ([1] * 20, [1]), 1.0, "long ones")
         stream = iter(packed([short, long], 1, 8, 0)[0])
         with pytest.raises(ValueError, match=f"{said} of long ones and none of at most 8 tokens .the last has 21."):

@@ -250,8 +250,13 @@ def test_what_cannot_be_cut_to_fit_is_named_before_anything_is_judged(grm, monke
     asked = []
     monkeypatch.setattr("grm_jax.judging.sample", scripted(lambda shown: [5] * len(shown), asked))
     turns = tuple(Message("user" if i % 2 == 0 else "assistant", "x" * 200) for i in range(119))
-    with pytest.raises(ValueError, match=r"(?s)1 examples do not fit, take them out:.*'long' has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"(?s)1 examples do not fit, take them out, or leave.*'long' has \d+ tokens"):
         grm.score([example("a", "b"), Example("long", turns, ("a", "b")), example("c", "d", id="c")])
+    several = [Example(f"long-{i}", turns, ("a", "b")) for i in range(30)]
+    with pytest.raises(
+        ValueError, match="20 or more examples do not fit, take them out, or leave their prompts more tokens"
+    ):
+        grm.score(several)
     with pytest.raises(ValueError, match="max_new_tokens = 9000: the model has 8192 positions, for a prompt"):
         grm.score([example("a", "b")], max_new_tokens=9000)
     assert asked == []

@@ -52,11 +52,14 @@ class TooLong:
         self.dropped, self.kept = [0] * len(sources), [0] * len(sources)
 
     def fits(self, text: dict[str, Any]) -> bool:
-        """Whether a row can hold it. Raises ValueError where all texts of a source were too long, or its first 1,000."""
+        """Whether a row can hold it. Raises ValueError where all texts of a source were too long, or 1,000 in a row.
+
+        It counts from where a run goes on: within two rounds of the source each of its texts has come.
+        """
         fits, i = len(text["tokens"]) <= self.longest, text["source"]
         self.kept[i] += fits
         self.dropped[i] += not fits
-        if not self.kept[i] and self.dropped[i] == min(1000, len(self.sources[i].records)):
+        if not self.kept[i] and self.dropped[i] == min(1000, 2 * len(self.sources[i].records)):
             raise ValueError(
                 f"{self.dropped[i]} of {self.sources[i].name} and none of at most {self.longest} tokens (the last has "
                 f"{len(text['tokens'])}): raise sequence_tokens, or leave them out"

@@ -18,6 +18,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -27,7 +28,7 @@ from grm_jax.config import EvalConfig, JudgeSettings
 from grm_jax.data import benchmarks
 from grm_jax.data import items as labelled
 from grm_jax.data.benchmarks import KINDS, Benchmark, Case
-from grm_jax.data.jsonl import DataError
+from grm_jax.data.jsonl import DataError, path_of
 from grm_jax.data.output import VerdictWriter
 from grm_jax.data.shares import parts_of, remove, shared_writer
 from grm_jax.datatypes import Example, Verdict
@@ -83,7 +84,7 @@ def again(config: EvalConfig) -> None:
             raise DataError(f"{place} was judged without forced scores: leave --drop-forced out")
         protocol["drop_forced"] = True
     name, greedy = protocol["benchmark"], str(place.parent / GREEDY)
-    has_greedy = protocol.get("greedy", epath.Path(greedy).exists() or parts_of(greedy))
+    has_greedy = protocol.get("greedy", True) and (epath.Path(greedy).exists() or parts_of(greedy))
     benchmark = Benchmark(name, table.cases_of(rows), KINDS[name], protocol["dropped"])
     once = _read(greedy, config.drop_forced) if has_greedy and config.greedy else []
     if hosts.is_first():
@@ -112,7 +113,6 @@ class _Output:
     settings: JudgeSettings
     writer: VerdictWriter
     lacks: dict[str, Case]
-    begun: bool  # by an earlier run
 
     def write(self, case: Case, verdict: Verdict, templates: Mapping[int, str], seconds: float) -> None:
         """The judgments of a case that the file lacks, each a row."""
@@ -132,6 +132,7 @@ def judged(
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """The rows of all cases under these settings, and the greedy ones; those that no file has yet are judged into it."""
     share = hosts.share(lockstep=spans_processes(lay_out(config.mesh, config.devices)))
+    before = hosts.agree(_weights_before(config) if hosts.is_first() else None)
     mine = benchmark.cases[share.index :: share.count]
     named = [_named(case) for case in mine]
     with contextlib.ExitStack() as stack:
@@ -145,7 +146,7 @@ def judged(
             if writer.finished:
                 logger.info("%d of %d cases are in %s already", len(writer.finished), len(mine), path)
             lacks = {case.example.id: case for case in mine if case.example.id not in writer.finished}
-            return _Output(path, settings, writer, lacks, bool(writer.finished))
+            return _Output(path, settings, writer, lacks)
 
         main = output(JUDGMENTS, settings)
         if config.overwrite:
@@ -154,8 +155,7 @@ def judged(
         if main.lacks or (greedy and greedy.lacks):
             known = _record(config, benchmark, settings, templates)
             known |= {"data": config.data, "greedy": greedy is not None, "weights": opened().digest()}
-            if not config.overwrite:
-                _check_weights(config, known["weights"], main.begun)
+            _check_weights(config, known["weights"], before)
             if hosts.is_first():
                 _write(f"{config.output}/protocol.json", known)
         if main.lacks:
@@ -169,11 +169,21 @@ def judged(
     return read_samples(main.path), read_samples(greedy.path) if greedy else []
 
 
-def _check_weights(config: EvalConfig, weights: str, begun: bool) -> None:
+def _weights_before(config: EvalConfig) -> str | None:
+    """The digest of the weights that an output has rows of; None where it has none, or they are to go."""
+    folder = epath.Path(config.output)
+    if config.overwrite or not (folder / "protocol.json").exists():
+        return None
+    paths = [f"{folder}/{file}" for file in (JUDGMENTS, GREEDY)]
+    names = [name for path in paths for name in (epath.Path(path).name, *parts_of(path))]
+    files = [folder / f"{name}{more}" for name in names for more in ("", ".ahead")]
+    begun = any(file.exists() and file.stat().length for file in files)
+    return protocol_of(config.output)["weights"] if begun else None
+
+
+def _check_weights(config: EvalConfig, weights: str, before: str | None) -> None:
     """Raise DataError where an output was begun with other weights than these: its rows would be of two models."""
-    place = epath.Path(config.output) / "protocol.json"
-    before = protocol_of(config.output)["weights"] if begun and place.exists() else weights
-    if before != weights:
+    if before not in (None, weights):
         raise DataError(
             f"{config.output} was begun with weights {before}, and {config.model} (or what goes with it) has {weights}: "
             "give the model as it was, another --output, or start anew with --overwrite"
@@ -232,9 +242,12 @@ def protocol_of(folder: str) -> dict[str, Any]:
 
 
 def _write(path: str, value: Any) -> None:
-    place = epath.Path(path)
+    place = path_of(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(value, indent=1) + "\n")
+    written = place.with_name(f"{place.name}.new") if isinstance(place, Path) else place  # objects are atomic anyway
+    written.write_text(json.dumps(value, indent=1) + "\n")
+    if written is not place:
+        written.replace(place)
 
 
 def _report(

@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from grm_jax import memory, prompts, recipes
-from grm_jax.checkpoint import Interrupt, Saver, claim
+from grm_jax.checkpoint import Interrupt, Saver, check_claim, claim
 from grm_jax.config import JudgeSettings
 from grm_jax.data import items as labelled
 from grm_jax.datatypes import Example, Verdict
@@ -104,7 +104,9 @@ class Run:
 
     def _leave(self, done: int) -> NoReturn:
         self.saver.wait()
-        logger.info("asked to stop: step %d is saved, the same command goes on there", done)
+        logger.info(
+            "asked to stop: %s, the same command goes on there", f"step {done} is saved" if done else "at the start"
+        )
         raise KeyboardInterrupt
 
     def heeded(self, verdicts: Iterable[Verdict], done: int) -> Iterator[Verdict]:
@@ -177,7 +179,7 @@ def opened(
     """
     if jax.default_backend() == "cpu":
         memory.give_back_after_compiling()
-    claim(recipe.output, recipe)
+    check_claim(recipe.output, recipe)
     known = _measured_steps(recipe.output)
     with (
         Saver.open(recipe.output, recipe.checkpoints, recipes.as_json(recipe)) as saver,
@@ -194,6 +196,7 @@ def opened(
                 )
             batches.set_state(data["batches"])
             logger.info("going on behind step %d of %s", first, recipe.output)
+        claim(recipe.output, recipe)
         with Metrics(recipe.output, first if restored else -1) as metrics:
             known = frozenset(step for step in known if restored and step <= first)  # later rows are dropped
             run = Run(recipe, begun, found, state, first, batches, saver, metrics, interrupt, known, first)

@@ -173,7 +173,7 @@ def sample_part(
             if (now := time.monotonic()) - said >= _LOG_SECONDS or done == len(waiting):
                 said = now
                 logger.info("%d of %d items, %.0f tokens/s", done, len(waiting), tokens / (now - started))
-    if writer.finished:  # some of them waited for their turn until now
+    if writer.finished and share.writes:  # some of them waited for their turn until now
         for samples in _by_id(_read(path)):
             if samples[0].id in writer.finished:
                 _add(tallies, samples)

@@ -125,6 +125,8 @@ def read(folder: str) -> Benchmark:
         raise DataError(
             f"{folder} holds a {_INFO} that is not of tensorflow-datasets: give the files below it"
         ) from error
+    if "source" not in (builder.info.features or {}) and builder.name in BENCHMARKS:
+        raise DataError(f"{folder} was written by an earlier version, which kept less: prepare it again")
     if builder.name not in BENCHMARKS:
         raise DataError(f"{folder} holds the dataset {builder.name}: give one of {', '.join(BENCHMARKS)}")
     cases = {case.example.id: case for case in map(_case, builder.as_data_source(split=_SPLIT))}
