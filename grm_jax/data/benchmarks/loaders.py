@@ -38,11 +38,7 @@ KINDS: dict[str, Kind] = {
         metrics.rm_bench,
         official={"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157},
     ),
-    "judge_bench": Kind(  # split gpt
-        metrics.judge_bench,
-        least=2,
-        official={"mmlu-pro": 154, "livebench-reasoning": 98, "livebench-math": 56, "livecodebench": 42},
-    ),
+    "judge_bench": Kind(metrics.judge_bench, least=2, rows=350),  # split gpt
     "real_mistake": Kind(
         metrics.real_mistake,
         official={
