@@ -32,6 +32,7 @@ from grm_jax.tokenizer import Tokenizer
 from grm_jax.verdicts import of_rewards, verdict
 
 CRITIQUE, PAIR = "critique", "pair_rm"  # templates
+_LONE = "a pair RM compares two or more; take it out, or give another --baseline"
 _SHARE = 16  # examples whose texts are computed together
 
 Ids = tuple[list[int], list[int]]  # of a prompt, of the text behind it
@@ -75,7 +76,7 @@ def checker(kind: Baseline, path: str) -> Callable[[Example], None]:
     def check(example: Example) -> None:
         if kind == "pair_rm":
             if len(example.responses) < 2:
-                raise ValueError(f"{example.id!r} has one response: a pair RM compares two or more")
+                raise ValueError(f"{example.id!r} has one response: {_LONE}")
             prompts.check_places(dataclasses.replace(example, responses=example.responses[:2], scores=None), template)
         elif template:
             prompts.check_places(single(example, 0), template)
@@ -117,7 +118,7 @@ class PairRm:
 
         def texts(example: Example) -> list[Ids]:
             if len(example.responses) < 2:
-                raise ValueError(f"{example.id!r} has one response: a pair RM compares two or more")
+                raise ValueError(f"{example.id!r} has one response: {_LONE}")
             return [pair_ids(self.tokenizer, self.template, example, i, j, limit) for i, j in _pairs(example)]
 
         yield from _scored(self.model, examples, texts, _mean_odds)

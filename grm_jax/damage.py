@@ -18,12 +18,9 @@ from typing import Any, TypeVar
 # spoiled. A read of an array fails with a bare Exception whose cause is one of these.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, AttributeError, AssertionError)
 # Tensorstore's errors are ValueErrors that begin with a status; these tell of the storage, not of the step.
-_STORAGE = re.compile(
-    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
-)
-_PASSES = re.compile(
-    "(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN|OUT_OF_RANGE|DATA_LOSS): "
-)
+_OUTAGE = "UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
+_STORAGE = re.compile(f"{_OUTAGE}|PERMISSION_DENIED|UNAUTHENTICATED")
+_PASSES = re.compile(f"({_OUTAGE}|OUT_OF_RANGE|DATA_LOSS): ")
 Value = TypeVar("Value")
 
 

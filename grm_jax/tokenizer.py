@@ -37,6 +37,8 @@ ENDS = (
 # </s>: where those are no control tokens they are text (Gemma has </s> as an HTML tag).
 TURN_MARKERS = (*ENDS[:-2], "<start_of_turn>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>")
 _BRACKETED = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[/?[A-Z_]+\]")
+# What a template raises for turns that it does not take: its own refusal, and Python's errors inside of it.
+_FAILS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -118,7 +120,7 @@ class Tokenizer:
         found = list(self.specials)
         talks = (("user",), ("user", "assistant"), ("user", "assistant", "user"), ("system", "user"))
         for roles, asked in itertools.product(talks if self.chat_template else (), (True, False)):
-            with contextlib.suppress(Exception):  # a template may refuse these turns in its own way
+            with contextlib.suppress(*_FAILS):
                 marks = _BRACKETED.findall(self._render([(role, "x") for role in roles], asked))
                 found += [twin for mark in marks for twin in (mark, *_closing(mark))]
         return tuple(dict.fromkeys(found))

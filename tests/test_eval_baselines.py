@@ -93,7 +93,7 @@ def test_a_report_is_of_the_baselines_verdicts(folder, tmp_path, monkeypatch, ki
     if kind == "cloud":
         return
     left = "greedy point, scores given, position bias, agreement of orders, the vote's share"
-    assert f"4 cases of {report['queries']} queries. Left out, as rewards have none: {left}." in text
+    assert f"4 cases of 2 queries. Left out, as rewards have none: {left}." in text
     assert f"rewards of the baseline {kind}, ties" in text
     assert "Scores given" not in text
     assert report["greedy"] is None

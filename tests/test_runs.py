@@ -400,7 +400,7 @@ def test_fewer_steps_than_are_done_are_refused(tuned):
         rft.run(recipe)
 
 
-def test_a_trace_holds_a_whole_step(monkeypatch, tmp_path):
+def test_a_trace_holds_a_whole_step(monkeypatch):
     """A step is dispatched, and done later: the trace begins when the one before is, and ends when this one is."""
     seen = []
 

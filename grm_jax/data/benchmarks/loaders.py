@@ -208,13 +208,9 @@ def judge_bench(folder: str) -> Benchmark:
         responses = text_of(row["response_A"], "response_A"), text_of(row["response_B"], "response_B")
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
-    patterns = (
-        "**/data/*gpt*.jsonl*",
-        "**/*gpt*.jsonl*",
-        "**/*gpt*.parquet",
-        "**/gpt/*.parquet",
-    )  # judgments lie beside
-    paths = find(folder, (*patterns, "**/*.jsonl*", "**/*.parquet"), where)
+    # In the repository judgments of other judges lie beside the data.
+    gpt = ("**/data/*gpt*.jsonl*", "**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/gpt/*.parquet")
+    paths = find(folder, (*gpt, "**/*.jsonl*", "**/*.parquet"), where)
     return _benchmark("judge_bench", parsed(paths, parse, where))
 
 
