@@ -79,8 +79,12 @@ def run(config: BenchConfig) -> None:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure_ceilings(dtype: jnp.dtype, size: int = 2048, array_bytes: int = 1 << 29) -> Ceilings:
-    """The best of five: a product of two [size, size] matrices, and a maximum over `array_bytes` of float32."""
+def measure_ceilings(dtype: jnp.dtype, size: int | None = None, array_bytes: int | None = None) -> Ceilings:
+    """The best of five: a product of two [size, size] matrices, and a maximum over `array_bytes` of float32.
+
+    Sizes are by default the device's: 512 MiB on a CPU, 4 GiB on accelerators, which read half a GiB too soon to be timed.
+    """
+    array_bytes = array_bytes or (1 << 29 if jax.default_backend() == "cpu" else 1 << 32)
     x = jnp.ones(array_bytes // 4, jnp.float32)
     parts = 2 * jax.local_device_count() if jax.default_backend() != "cpu" else 8
     read = jax.jit(lambda x: x.reshape(parts, -1).max(axis=1))

@@ -62,7 +62,9 @@ def test_reward_bench_counts_math_as_984():
     assert found["Chat"] == 0.5
     assert found["Chat Hard"] == pytest.approx(37 / 137)
     assert found["score"] == pytest.approx((0.5 + 37 / 137 + 1 + reasoning) / 4)
-    assert math.isnan(metrics.reward_bench(cases[:3], scored((2, 1), (1, 2), (2, 1)))["score"])
+    without = metrics.reward_bench(cases[:3], scored((2, 1), (1, 2), (2, 1)))
+    assert without["score"] == without["Reasoning"] == pytest.approx(reasoning)
+    assert "Chat" not in without  # a section that is not there is no number, and counts in no mean
     assert sum(metrics.SECTIONS["Chat"].values()) == 358
     assert sum(metrics.SECTIONS["Chat Hard"].values()) == 456
     assert sum(metrics.SECTIONS["Safety"].values()) == 740
@@ -97,6 +99,10 @@ def test_rm_benchs_triangle_by_hand():
     assert found["chat easy"] == pytest.approx(2 / 3)  # (1, 0), (2, 0), (2, 1)
     assert found["score"] == pytest.approx((5 / 9 + 1 + 1 + 0) / 4)
     assert found["hard"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
+    without = metrics.rm_bench(cases[:1] + cases[2:], [*scored((3, 5, 1, 4, 0, 3), (2, 2, 2, 1, 1, 1)), Scored(None)])
+    assert without["score"] == pytest.approx((5 / 9 + 1 + 0) / 3)
+    assert without["easy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert math.isnan(metrics.rm_bench([], [])["score"])
 
 
 def test_judge_bench_needs_both_orders_to_add_up():

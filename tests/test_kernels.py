@@ -1,10 +1,11 @@
 """Kernels of attention against the plain one: what is seen, values and gradients, for packed rows and shared prompts.
 
 Splash attention runs interpreted; what its program is for a TPU is in test_plan. cuDNN's call runs by plain operations
-here (`implementation="xla"`).
+here (`implementation="xla"`), and on a GPU in test_gpu.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,7 @@ def test_what_cudnn_does_not_cover_is_said_once(softcap, sizes, dtype, said, mon
     told = []
     monkeypatch.setattr(kernels.logger, "warning", lambda text, *given: told.append(text % given))
     kernels._say_plain.cache_clear()
+    kernels.select("cudnn")
     layout = kernels.fold(jnp.arange(128)[None], [Owner.ROW], [], None)
     for _ in range(2):
         assert kernels.cudnn(layout, None, softcap, sizes, jnp.dtype(dtype)) is None
@@ -203,29 +205,42 @@ def test_what_cudnn_does_not_cover_is_said_once(softcap, sizes, dtype, said, mon
     few = kernels.fold(jnp.arange(127)[None], [Owner.ROW], [], None)
     assert kernels.cudnn(few, None, softcap, sizes, jnp.dtype(dtype)) is None
     assert len(told) == 1
+    kernels._say_plain.cache_clear()
+    kernels.select("auto")
+    assert kernels.cudnn(layout, None, softcap, sizes, jnp.dtype(dtype)) is None
+    assert len(told) == 1, "nobody asked for it"
+
+
+def devices_of(platform, count=1, capability=None):
+    """As JAX describes them; only GPUs have a capability, AMD's another sort of it."""
+    return [SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))] * count
 
 
 @pytest.mark.parametrize(
-    ("kernels_of", "platform", "expected"),
+    ("kernels_of", "devices", "expected"),
     [
-        ("auto", "tpu", "splash"),
-        ("auto", "cpu", "plain"),
-        ("auto", "gpu", "plain"),
-        ("plain", "tpu", "plain"),
-        ("cudnn", "gpu", "cudnn"),
-        ("interpreted", "cpu", "interpreted"),
+        ("auto", devices_of("tpu", 4), "splash"),
+        ("auto", devices_of("cpu"), "plain"),
+        ("auto", devices_of("gpu", 1, "9.0"), "cudnn"),
+        ("auto", devices_of("gpu", 2, "9.0"), "plain"),
+        ("auto", devices_of("gpu", 1, "8.0"), "plain"),
+        ("auto", devices_of("gpu", 1, "gfx90a"), "plain"),
+        ("plain", devices_of("tpu"), "plain"),
+        ("plain", devices_of("gpu", 1, "9.0"), "plain"),
+        ("cudnn", devices_of("gpu", 2, "8.0"), "cudnn"),
+        ("interpreted", devices_of("cpu"), "interpreted"),
     ],
 )
-def test_the_switch(kernels_of, platform, expected):
+def test_the_switch(kernels_of, devices, expected):
     kernels.select(kernels_of)
-    assert kernels.kernels_for(platform) == expected
+    assert kernels.kernels_for(devices) == expected
 
 
 @pytest.mark.parametrize(("kernels_of", "platform"), [("splash", "cpu"), ("cudnn", "tpu"), ("splash", "gpu")])
 def test_kernels_of_other_devices_say_so(kernels_of, platform):
     kernels.select(kernels_of)
     with pytest.raises(ValueError, match=rf"kernels = '{kernels_of}' on {platform}: .*use auto or plain"):
-        kernels.kernels_for(platform)
+        kernels.kernels_for(devices_of(platform))
 
 
 def test_decoding_and_few_tokens_stay_plain():

@@ -336,7 +336,7 @@ def split_abstract(
     the kernels that `kernels.select` named are none of the mesh's devices.
     """
     scans = scanned(config, mesh) if scans is None else scans
-    chosen = "plain" if mesh is None else kernels.kernels_for(_platform(mesh))
+    chosen = "plain" if mesh is None else kernels.kernels_for(mesh.devices.ravel().tolist())
     abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh, scans, chosen))
     graph, state = nnx.split(abstract)
     shapes = {

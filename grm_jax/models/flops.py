@@ -57,8 +57,12 @@ def timed(call: Callable[[], object], repeats: int) -> list[float]:
     return seconds
 
 
-def product_flops(dtype: jnp.dtype, size: int = 2048) -> float:
-    """FLOP/s that a product of two [size, size] matrices reaches, the best of five."""
-    a = jnp.ones((size, size), dtype)
+def product_flops(dtype: jnp.dtype, size: int | None = None) -> float:
+    """FLOP/s that a product of two [size, size] matrices of random numbers reaches, the best of five.
+
+    size: by default 2048 on a CPU, and 8192 on accelerators, which need longer to start a smaller product than to do it.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)  # zeros and ones take less power, and so less time
     product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
     return 2 * size**3 / min(timed(lambda: product(a, a), 5))

@@ -1,7 +1,7 @@
 """Attention of many new tokens by the hardware's own kernels, which hold no scores in memory.
 
-1. `select` is the one switch, `kernels_for` what it comes to on a device: splash attention on TPUs, plain XLA elsewhere.
-   cuDNN's on GPUs has to be asked for.
+1. `select` is the one switch, `kernels_for` what it comes to on a mesh: splash attention on TPUs, cuDNN's on one Hopper
+   GPU, where it was measured (docs/LOG.md), plain XLA elsewhere. On other GPUs, or several, cuDNN's has to be asked for.
 2. `fold` makes one sequence of queries and one of keys of the parts that `attention.attend` takes apart: samples of one
    prompt lie behind each other in the row of their prompt, so that its keys stand there once.
 3. `splash` and `cudnn` answer with a function for the layers of a window, or None for a call that they do not cover,
@@ -50,15 +50,16 @@ def select(kernels: Chosen) -> None:
     _selected[:] = [kernels]
 
 
-def kernels_for(platform: str) -> Chosen:
-    """What is selected, for a device of this platform ("cpu", "tpu", "gpu"). Raises ValueError where it has none."""
-    (kernels,) = _selected
+def kernels_for(devices: Sequence[jax.Device]) -> Chosen:
+    """What is selected, for a mesh of these devices, all alike. Raises ValueError where they have no such kernel."""
+    (kernels,), first = _selected, devices[0]
     if kernels == "auto":
-        return "splash" if platform == "tpu" else "plain"
+        hopper = first.platform == "gpu" and str(getattr(first, "compute_capability", "")).startswith("9.")
+        return "splash" if first.platform == "tpu" else "cudnn" if hopper and len(devices) == 1 else "plain"
     homes = {"splash": "tpu", "cudnn": "gpu"}
-    if homes.get(kernels, platform) != platform:
+    if homes.get(kernels, first.platform) != first.platform:
         raise ValueError(
-            f"kernels = {kernels!r} on {platform}: it is a kernel of {homes[kernels]} devices; use auto or plain"
+            f"kernels = {kernels!r} on {first.platform}: it is a kernel of {homes[kernels]} devices; use auto or plain"
         )
     return kernels
 
@@ -232,7 +233,7 @@ def splash(
 
 @functools.cache
 def _say_plain(reason: str) -> None:
-    """Say once that what was asked for is not what is run."""
+    """Say once that what was asked for is not what is run; nothing was asked for by "auto"."""
     logger.warning("kernels = cudnn: it does not cover %s; plain attention is run there", reason)
 
 
@@ -267,7 +268,8 @@ def cudnn(
         f"heads of {sizes[0]} numbers": sizes[0] % 8 > 0 or sizes[0] > 128,
     }
     if reason := next((reason for reason, lack in lacks.items() if lack), None):
-        _say_plain(reason)
+        if _selected != ["auto"]:
+            _say_plain(reason)
         return None
     age = layout.query_positions[:, :, None] - layout.key_positions[:, None]
     seen = (age >= 0) & (layout.queries[:, :, None] == layout.keys[:, None]) & (layout.keys[:, None] > 0)

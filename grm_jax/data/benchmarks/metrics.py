@@ -60,8 +60,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _whole(parts: Mapping[str, float], names: Sequence[str]) -> float:
-    """The plain mean of the named parts; nan where one is not there."""
-    return _mean([parts.get(name, math.nan) for name in names])
+    """The plain mean of the named parts, of those that are there; nan where none is. A report says what is missing."""
+    found = [parts.get(name, math.nan) for name in names]
+    return _mean([value for value in found if not math.isnan(value)])
 
 
 def preferences(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float]:
@@ -74,9 +75,8 @@ def reward_bench(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, f
     subsets = by_subset(cases, judged)
     sections = {}
     for name, counts in SECTIONS.items():
-        here = {subset: count for subset, count in counts.items() if subset in subsets}
-        total = sum(here.values())
-        sections[name] = sum(subsets[subset] * count for subset, count in here.items()) / total if here else math.nan
+        if here := {subset: count for subset, count in counts.items() if subset in subsets}:
+            sections[name] = sum(subsets[subset] * count for subset, count in here.items()) / sum(here.values())
     return subsets | sections | {"score": _whole(sections, list(SECTIONS))}
 
 

@@ -1,0 +1,105 @@
+"""Where the time of an RL step goes: rollouts alone, the whole step, and what both reach of this device's ceilings.
+
+    python tests/peers/step_parts.py --kernels cudnn plain
+
+1. The step is that of `product_step.py` in bfloat16, over prompts of random tokens: rollouts, scores, rewards, reference,
+   gradients and AdamW, one program. The rollouts are timed as a program of their own; the rest of a step is its update.
+2. Both ceilings are measured first, in this run (`bench.measure_ceilings`).
+3. Bytes of the rollouts: each decoding step reads every weight, each prompt's keys once and each row's own; prefill is not
+   counted. FLOPs of the update: each token once forward for the reference, and three times to be trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import product_step
+import rl_job
+
+from grm_jax import bench, scores
+from grm_jax.data.batches import Batch
+from grm_jax.grm import vocabulary_bytes
+from grm_jax.models.decoder import Params
+from grm_jax.models.flops import matrix_weights, model_flops, timed
+from grm_jax.sampler import Sampling
+from grm_jax.spct import rl_step, start
+from grm_jax.train import policy as training
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"prompts": 64, "group": 8, "prompt-tokens": 512, "new-tokens": 128, "steps": 3, "microbatch-prompts": 16}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--remat", default="block", choices=("none", "block", "dots"))
+    parser.add_argument("--kernels", nargs="+", default=["auto"], help="each is measured in turn")
+    parser.add_argument("--model", default="smollm2-135m")
+    return parser.parse_args()
+
+
+def measure(given: argparse.Namespace, kernels: str, ceilings: bench.Ceilings) -> str:
+    """A row of the table: seconds of all timed runs, and shares of the ceilings by the fastest."""
+    ids = np.random.default_rng(0).integers(1000, 49000, (given.prompts, given.prompt_tokens))
+    job = rl_job.RlJob(
+        *(tuple(map(tuple, ids.tolist())), given.group, given.new_tokens, 1, given.steps),
+        *(given.microbatch_prompts, given.model),
+    )
+    recipe = product_step.settings(job)
+    recipe = dataclasses.replace(recipe, compute_dtype="bfloat16", remat=given.remat, kernels=kernels)
+    begun = start.load(recipe, reference=True)
+    policy, frozen = begun.policy, begun.frozen
+    table = scores.token_table(vocabulary_bytes(begun.tokenizer, policy.config.vocab_size))
+    optimizer = training.make_optimizer(recipe.optimizer, recipe.steps)
+    state = training.start(begun.params, optimizer, policy.mesh)
+    del begun  # a step donates the weights: nothing else may hold them
+    step = rl_step.make_step(policy, recipe, optimizer, table, (), state, product_step.by_turns)
+    key, batch = jax.random.key(0, impl="threefry2x32"), rl_step.put(product_step.batch_of(job), policy)
+
+    @jax.jit
+    def roll(params: Params, frozen: Params, batch: Batch) -> rl_step.Rollouts:
+        reading = policy.working(params, frozen) if policy.scans else None
+        decoding = policy.decoding(params, frozen)
+        return rl_step.roll(policy, decoding, batch, key, recipe, Sampling(recipe.temperature), reading)
+
+    def one() -> rl_step.Report:
+        nonlocal state
+        state, report = step(state, frozen, batch, key)
+        return report
+
+    rollouts = timed(functools.partial(roll, state.params, frozen, batch), given.steps)
+    steps = timed(one, given.steps)
+    c, rows = policy.config, given.prompts * given.group
+    cached = 2 * c.layers * sum(heads * numbers for heads, numbers in c.stored)  # bytes a token
+    keys = cached * (given.prompts * given.prompt_tokens + rows * given.new_tokens / 2)
+    read = given.new_tokens * (2 * matrix_weights(c) + keys)
+    tokens = given.prompts * given.prompt_tokens + rows * given.new_tokens
+    flops = model_flops(c, tokens, tokens, (given.prompt_tokens + given.new_tokens) / 2)
+    update = min(steps) - min(rollouts)
+    memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return (
+        f"| {kernels} | {min(steps):.3f} to {max(steps):.3f} | {min(rollouts):.3f} to {max(rollouts):.3f} "
+        f"| {rows * given.new_tokens / min(rollouts):.0f} | {read / min(rollouts) / ceilings.bytes:.0%} "
+        f"| {update:.3f} | {flops / update / 1e12:.1f} | {flops / update / ceilings.flops:.0%} | {memory / 2**30:.1f} |"
+    )
+
+
+def main() -> None:
+    given = read_arguments()
+    ceilings = bench.measure_ceilings(jnp.dtype("bfloat16"))
+    job = f"{given.prompts} prompts of {given.prompt_tokens} tokens, {given.group} rollouts of {given.new_tokens}"
+    reached = f"{ceilings.flops / 1e12:.1f} TFLOP/s, {ceilings.bytes / 1e9:.0f} GB/s"
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, remat {given.remat}: {job}; ceilings {reached}\n", flush=True)
+    print("| kernels | step, s | rollouts, s | tokens/s | of bytes | update, s | TFLOP/s | of FLOPs | peak GiB |")
+    print("|---" * 9 + "|", flush=True)
+    for kernels in given.kernels:
+        print(measure(given, kernels, ceilings), flush=True)
+
+
+if __name__ == "__main__":
+    main()
