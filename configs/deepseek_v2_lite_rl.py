@@ -57,5 +57,5 @@ def config() -> RlConfig:
         ),
         remat="block",
         checkpoints=Checkpoints(every=50, keep_last=2, keep_every=300),
-        evaluate_every=100,
+        eval_every=100,
     )

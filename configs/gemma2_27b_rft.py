@@ -54,5 +54,5 @@ def config() -> RftConfig:
         ),
         remat="block",
         checkpoints=Checkpoints(every=100, keep_last=2, keep_every=300),
-        evaluate_every=300,
+        eval_every=300,
     )

@@ -82,9 +82,13 @@ def run(config: BenchConfig) -> None:
 def measure_ceilings(dtype: jnp.dtype, size: int | None = None, array_bytes: int | None = None) -> Ceilings:
     """The best of five: a product of two [size, size] matrices, and a maximum over `array_bytes` of float32.
 
-    Sizes are by default the device's: 512 MiB on a CPU, 4 GiB on accelerators, which read half a GiB too soon to be timed.
+    Sizes are by default the device's: 512 MiB on a CPU, and 4 GiB on accelerators, which read half a GiB too soon to be
+    timed, or a quarter of what is free there.
     """
-    array_bytes = array_bytes or (1 << 29 if jax.default_backend() == "cpu" else 1 << 32)
+    if array_bytes is None:
+        memory = jax.devices()[0].memory_stats() or {}
+        free = memory.get("bytes_limit", 1 << 31) - memory.get("bytes_in_use", 0)
+        array_bytes = min(1 << 32, free // 4) // 4096 * 4096
     x = jnp.ones(array_bytes // 4, jnp.float32)
     parts = 2 * jax.local_device_count() if jax.default_backend() != "cpu" else 8
     read = jax.jit(lambda x: x.reshape(parts, -1).max(axis=1))

@@ -237,7 +237,7 @@ def test_eval_reports_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert len(report["protocol"]["weights"]) == 16
     text = (tmp_path / "out/report.md").read_text()
     assert "**These totals are no score of the benchmark. Rows that differ from the official set: Natural 3 of" in text
-    assert "mean (no score of the benchmark)" in text
+    assert "total (no score of the benchmark)" in text
     assert f"; data {folder / 'LLMBar'}" in text
     page = (tmp_path / "out/report.html").read_text()
     shown = json.loads(re.search(r'id="data">(.*)</script>\n<script>', page, re.DOTALL)[1])
@@ -417,16 +417,54 @@ def test_reports_are_compared(folder, tmp_path, capsys, monkeypatch):
     again = ["eval", "--from", str(tmp_path / "b/judgments.jsonl"), "--output", str(tmp_path / "again")]
     assert main(again) == 0  # with the seed that the judgments were made with
     assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "b/report.json").read_bytes()
+    unforced = ["eval", "--from", str(tmp_path / "b"), "--drop-forced", "--output", str(tmp_path / "unforced")]
+    assert main(unforced) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     assert "5 cases that all judged, of up to 5; vote: voting" in said
+    assert "not the official rows: no score of the benchmark" in said
+    assert "total (no score" in said
     assert "agreement" in said
+    assert main(["compare", *(str(tmp_path / name) for name in ("b", "again", "unforced"))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Natural │ (\d+\.\d) % │ \1 % \(\+0.0, │ 0.0 % \(-\1,", said), (
+        said
+    )  # without forced ones, none is read
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--vote", "guided"]) == 2
     assert "has no vote 'guided': it has voting" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a")]) == 2
     assert main(["compare", str(tmp_path / "a"), str(tmp_path)]) == 2
     assert "no " in capsys.readouterr().err
+
+
+def test_cases_of_one_name_that_differ_are_not_compared():
+    case, scored = pair(0), table.Scored((2.0, 1.0))
+    turned = dataclasses.replace(case, example=dataclasses.replace(case.example, scores=(0.0, 1.0)))
+    moved = dataclasses.replace(turned, subset="t")
+    compare.check_same(["a", "b"], [{"0": (case, scored)}, {"0": (pair(0), scored)}], ["0"])
+    with pytest.raises(
+        ValueError, match="case '0' has another labels and subset in b than in a: compare reports of the"
+    ):
+        compare.check_same(["a", "b"], [{"0": (case, scored)}, {"0": (moved, scored)}], ["0"])
+
+
+def test_samples_are_reported_as_judgments_are(folder, tmp_path, capsys, monkeypatch):
+    """`sample` and `eval` write one format; what its pairs are worth is what `sample` itself counts."""
+    monkeypatch.setattr(measure, "RESAMPLES", 10)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}], "responses": ["yes", "no"], "scores": [1, 0]} for i in "ab"
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = ["--model", str(folder / "judge"), "--template", TEMPLATE, "--max-new-tokens", "6", "--votes", "2"]
+    samples = str(tmp_path / "samples.jsonl")
+    assert main(["sample", "--items.files", str(tmp_path / "rows.jsonl"), "--output", samples, *known]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--from", samples, "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert (found["benchmark"], found["cases"], found["complete"], found["greedy"]) == ("preferences", 2, False, None)
+    assert found["unread_judgments"] == np.mean([row.scores is None for row in read_samples(samples)])
+    assert "2 judgments a case at temperature" in (tmp_path / "out/report.md").read_text()
 
 
 def test_bad_input_is_named(folder, tmp_path, capsys):

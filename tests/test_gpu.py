@@ -127,9 +127,14 @@ def test_cudnn_is_as_near_to_float32_as_plain_attention(shape, program):
         assert 0 < cudnn < 1.5 * plain < 0.1
 
 
-def test_what_cudnn_does_not_cover_is_plain():
-    """float32, and fewer queries than a kernel is worth, are computed as without it."""
+def test_float32_is_plain():
     params = random_params(WIDE, 1)
     for name in ("plain", "cudnn"):
         text = jax.jit(lambda p, name=name: prefilled()(graph_of(name, WIDE), p)).lower(params).compile().as_text()
         assert CALL not in text
+
+
+def test_auto_is_cudnn_on_one_hopper_gpu():
+    hopper = jax.devices()[0].compute_capability.startswith("9.")
+    kernels.select("auto")
+    assert kernels.kernels_for(jax.devices()[:1]) == ("cudnn" if hopper else "plain")

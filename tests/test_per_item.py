@@ -1,7 +1,8 @@
 """Metrics on what the benchmarks' own repositories publish of single items, and their rows as those repositories have them.
 
-`goldens/per_item.json` holds numbers alone, and says where each is from. Rows have the official keys and made-up texts.
-JudgeBench's, RM-Bench's and RewardBench 2's rules are worked by hand instead: what they publish of items is texts.
+`goldens/per_item.json` holds no texts, and says where each is from. Rows have the official keys and made-up texts.
+Of two of JudgeBench's output files, 350 pairs each, it has the whole pairs of some stretches (23 and 21 pairs).
+RM-Bench's and RewardBench 2's rules are worked by hand instead: what they publish of items is texts.
 """
 
 import json
@@ -36,6 +37,36 @@ def test_llm_bar_has_the_published_statistics_of_its_published_verdicts():
     for order, name in enumerate(("correct_False", "correct_True")):
         alone = metrics.preferences(cases, scored(*(shown(winners[order]) for _, *winners in rows)))
         assert 100 * alone["score"] == pytest.approx(published[name])
+
+
+@pytest.mark.parametrize("judge", PEERS["judge_bench"]["judges"])
+def test_judge_bench_counts_its_published_decisions_as_the_official_code_does(judge):
+    """The second is said of the swapped pair and is turned back. `right` is counted by the rule of its utils/metrics.py."""
+    published = PEERS["judge_bench"]["judges"][judge]
+    shown = {"A": (1, 0), "B": (0, 1), "=": (0, 0)}
+    cases, judged = [], []
+    for subset, decisions in published["decisions"].items():
+        for label, first, second in decisions.values():
+            cases.append(case(subset, PAIR if label == "A" else PAIR[::-1]))
+            judged.append(Scored(None, (shown[first], shown[second][::-1])))
+    accuracies = {subset: right / len(published["decisions"][subset]) for subset, right in published["right"].items()}
+    accuracies["score"] = sum(published["right"].values()) / len(cases)
+    assert metrics.judge_bench(cases, judged) == pytest.approx(accuracies)
+
+
+def test_judge_benchs_published_total_is_that_of_all_pairs():
+    """Every accuracy in the tables is a whole number of the subset's pairs; their mean would be another number."""
+    tables = PEERS["judge_bench"]["tables"]
+    sizes = tables["subsets"]
+    assert sum(sizes.values()) == KINDS["judge_bench"].rows
+    for *percents, total in tables["judges"].values():
+        cases, judged = [], []
+        for (subset, size), percent in zip(sizes.items(), percents, strict=True):
+            right = round(percent / 100 * size)
+            cases += [case(subset, PAIR)] * size
+            judged += [Scored(None, (PAIR, PAIR))] * right + [Scored(None, (PAIR, PAIR[::-1]))] * (size - right)
+        found = metrics.judge_bench(cases, judged)
+        assert [round(100 * found[name], 2) for name in (*sizes, "score")] == [*percents, total]
 
 
 def test_rmb_calls_right_what_its_published_rewards_are_called():
@@ -91,7 +122,7 @@ def test_the_auc_of_real_mistakes_published_verdicts_is_their_mean_recall():
 
 
 def test_judge_bench_counts_a_pair_whose_other_order_failed():
-    """run_judge.py of ScalerLab/JudgeBench: +1, -1, or 0 for a tie or None; right above 0."""
+    """utils/metrics.py of ScalerLab/JudgeBench: +1, -1, or 0 for a tie or None; right above 0."""
     pair = case("livebench-math", PAIR)
     orders = [((2, 1), None), (None, (1, 2)), ((1, 1), (1, 1)), ((1, 2), (1, 1)), ((2, 1), (2, 1)), (None, None)]
     found = metrics.judge_bench([pair] * 6, [Scored(None, order) for order in orders])

@@ -193,7 +193,7 @@ LEAST = [
     (rl, 1, ("steps", "votes", "devices", "prompts_per_step", "max_new_tokens", "updates_per_step")),
     (rl, 1, ("microbatch_prompts", "slots")),
     (rl, 2, ("group", "max_prompt_tokens")),
-    (rl, 0, ("clip_low", "clip_high", "kl_coef", "log_samples_every", "evaluate_every")),
+    (rl, 0, ("clip_low", "clip_high", "kl_coef", "log_samples_every", "eval_every")),
     (rft, 0, ("trajectories", "hinted")),
     (rft, 1, ("steps", "max_new_tokens", "slots", "microbatch_rows")),
     (rft, 2, ("sequence_tokens",)),
@@ -227,7 +227,7 @@ def test_numbers_have_a_least(make, least, name):
         (rl, {"seed": -1}, "seed = -1: it has to be 0 to 2^32 - 1"),
         (rft, {"seed": 2**32}, "seed = 4294967296: it has to be 0 to 2^32 - 1"),
         (sample, {"seed": -1}, "seed = -1"),
-        (rl, {"evaluate_temperature": -0.5}, "temperature = -0.5: it has to be 0 (greedy) or more"),
+        (rl, {"eval_temperature": -0.5}, "temperature = -0.5: it has to be 0 (greedy) or more"),
         (rl, {"temperature": -1.0}, "temperature = -1.0: it has to be 0 (greedy) or more"),
         (rl, {"temperature": 0.0}, "temperature = 0: greedy rollouts of a prompt are all alike"),
         (rft, {"temperature": float("inf")}, "temperature = inf"),
@@ -262,4 +262,4 @@ def test_numbers_at_their_bounds_pass():
     assert Lora(rank=0, targets=()).targets == ()
     assert Optimizer(clip_norm=float("inf")).clip_norm == float("inf")
     assert rft(items=Items(), general=("chat.jsonl",), general_share=1.0, trajectories=0, hinted=0).general_share == 1
-    assert rl(seed=2**32 - 1, evaluate_temperature=0.0).seed == 2**32 - 1
+    assert rl(seed=2**32 - 1, eval_temperature=0.0).seed == 2**32 - 1

@@ -162,7 +162,7 @@ def rl_recipe(place: Path, base: str, output: str, **fields) -> RlConfig:
         "optimizer": Optimizer(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
         "checkpoints": Checkpoints(every=2, keep_last=3),
         "log_samples_every": 1,
-        "evaluate_every": 2,
+        "eval_every": 2,
         "remat": "none",
     }
     return RlConfig(output=str(place / output), model=base, **(defaults | fields))
@@ -185,7 +185,7 @@ def rft_recipe(place: Path, base: str, output: str, **fields) -> RftConfig:
         "compute_dtype": "float32",
         "optimizer": Optimizer(learning_rate=1e-3),
         "checkpoints": Checkpoints(every=2, keep_last=3),
-        "evaluate_every": 2,
+        "eval_every": 2,
         "remat": "none",
     }
     return RftConfig(output=str(place / output), model=base, **(defaults | fields))
@@ -510,7 +510,7 @@ def test_a_measurement_of_a_scalar_model_looks_whether_to_stop(monkeypatch):
     """Before each batch of texts, and what it finds is the run's own: saved, and left."""
     heeded = []
     run = SimpleNamespace(
-        recipe=SimpleNamespace(steps=4, evaluate_every=2), known=(), reported=lambda write: None, begun=None,
+        recipe=SimpleNamespace(steps=4, eval_every=2), known=(), reported=lambda write: None, begun=None,
         state=SimpleNamespace(params=None), heed=heeded.append,
     )  # fmt: skip
 
@@ -565,7 +565,7 @@ def test_hinted_trajectories_are_trained_under_the_prompt_without_a_hint(place, 
 def test_adapters_are_trained_beside_a_base_that_stays(place, base):
     before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
     recipe = rl_recipe(
-        place, base, "lora", lora=Lora(rank=2, alpha=4.0), samples=None, steps=4, evaluate_every=0, kl_coef=0.0
+        place, base, "lora", lora=Lora(rank=2, alpha=4.0), samples=None, steps=4, eval_every=0, kl_coef=0.0
     )
     rl.run(recipe)
     assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before

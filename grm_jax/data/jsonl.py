@@ -47,7 +47,10 @@ class RowError(ValueError):
     """One row's fault: a value and the rule that it breaks."""
 
     def __init__(self, value: object, rule: str) -> None:
-        shown = json.dumps(value, default=repr)
+        try:
+            shown = json.dumps(value, default=repr)
+        except RecursionError:  # it was read a few frames up, just within the limit
+            shown = "lists in lists in lists"
         self.value, self.rule = shown if len(shown) <= 60 else f"{shown[:56]} ...", rule
         super().__init__(f"{rule}; found {self.value}")
 

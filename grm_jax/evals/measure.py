@@ -18,11 +18,13 @@ import numpy as np
 
 from grm_jax.data.benchmarks import Benchmark, Case, Scored
 from grm_jax.data.benchmarks.cases import Metric
+from grm_jax.data.benchmarks.metrics import lacking
 from grm_jax.evals import table as tables
 from grm_jax.evals.table import Table, Votes
 
 RESAMPLES = 1000
 BINS = 10
+LOTS = 100  # draws that the baseline is the mean of
 
 
 def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -> dict[str, Any]:
@@ -54,10 +56,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
         {
             "curves": curves,
             "intervals": intervals,
-            "baselines": {
-                name: benchmark.kind.metric(table.cases, judged)
-                for name, judged in tables.baselines(table.cases, seed).items()
-            },
+            "baselines": baselines(benchmark.kind.metric, table.cases, seed),
             "unread_judgments": float(1 - table.valid.mean()),
             "unread_cases": float((~table.valid.any(axis=1)).mean()),
             "ties": _ties(table, plain),
@@ -103,13 +102,25 @@ def greedy(benchmark: Benchmark, table: Table, seed: int) -> dict[str, Any]:
     )
 
 
+def baselines(metric: Metric, cases: Sequence[Case], seed: int, draws: int = LOTS) -> dict[str, dict[str, float]]:
+    """What picking the longer response gives, and what drawing lots gives in the mean of so many draws."""
+    rng = np.random.default_rng(seed)
+    drawn = [metric(cases, tables.lots(cases, rng)) for _ in range(draws)]
+    return {
+        "longer": metric(cases, tables.longer(cases)),
+        "random": {name: float(np.mean([found[name] for found in drawn])) for name in drawn[0]},
+    }
+
+
 def interval(
     metric: Metric, cases: Sequence[Case], judged: Sequence[Scored], seed: int, resamples: int = RESAMPLES
 ) -> dict[str, tuple[float, float]]:
     """The 95 % percentile-bootstrap interval of each of a metric's numbers: queries are drawn anew, with all their cases.
 
-    A number that a draw does not have, such as one of a subset that is not in it, is left out of that draw.
+    A number that a draw does not have, such as one of a subset that is not in it, is left out of that draw; so is the mean
+    of several where the draw lacks one of them that the cases have.
     """
+    due = lacking(metric, metric(cases, judged))
     groups: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         groups.setdefault(case.group, []).append(i)
@@ -118,8 +129,9 @@ def interval(
     for _ in range(resamples):
         chosen = [i for g in rng.integers(0, len(members), len(members)) for i in members[g]]
         found = metric([cases[i] for i in chosen], [judged[i] for i in chosen])
+        lacks = lacking(metric, found)
         for name, value in found.items():
-            if not math.isnan(value):
+            if not math.isnan(value) and lacks.get(name) == due.get(name):
                 drawn.setdefault(name, []).append(value)
     return {
         name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in drawn.items()

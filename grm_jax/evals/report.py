@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grm_jax.data.benchmarks import Benchmark
+from grm_jax.data.benchmarks import KINDS, Benchmark
+from grm_jax.data.benchmarks.metrics import lacking, parts_of
 
 
 def whole(
     benchmark: Benchmark, protocol: Mapping[str, Any], found: Mapping[str, Any], greedy: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that `report.json` holds. `complete`: the rows are the official ones, as far as their number is known."""
+    """Everything that `report.json` holds.
+
+    `complete`: the rows are the official ones, as far as their number is known; else no `score` in it is the benchmark's.
+    `lacking`: of numbers that are a mean of parts, the parts that are not there.
+    """
     if found.get("left_out") and not protocol.get("critic"):  # nothing is sampled
         found = {**found, "left_out": ["greedy point", *found["left_out"]]}
     missing = {subset: {"rows": here, "official": rows} for subset, (here, rows) in benchmark.missing().items()}
+    lacks = lacking(benchmark.kind.metric, found["baselines"]["longer"])
     return {
         "benchmark": benchmark.name,
         "cases": len(benchmark.cases),
         "queries": len({case.group for case in benchmark.cases}),
-        "complete": bool(benchmark.kind.official or benchmark.kind.rows) and not missing,
+        "complete": benchmark.complete(),
         "missing": missing,
+        "lacking": {total: parts for total, parts in lacks.items() if parts},
         "dropped": dict(benchmark.dropped),
         "protocol": dict(protocol),
         **found,
@@ -70,8 +77,22 @@ def summary(report: Mapping[str, Any]) -> str:
     if report["greedy"]:
         lines.append(f"greedy: {_percent(report['greedy']['numbers'].get('score'))}")
     if not report["complete"]:
-        lines.append("not the official rows: no score of the benchmark")
+        lines.append(f"not the official rows: no score of the benchmark{_without(report)}")
     return "\n".join(lines)
+
+
+def named(benchmark: str, name: str, complete: bool, lacks: Mapping[str, Sequence[str]]) -> str:
+    """What a table calls a number: a total of other rows than the official ones is no score; one of few parts says so."""
+    called = name if name != "score" or complete else "total (no score of the benchmark)"
+    if not lacks.get(name):
+        return called
+    of = parts_of(KINDS[benchmark].metric, name)
+    return f"{called}, {of - len(lacks[name])} of {of} parts"
+
+
+def _without(report: Mapping[str, Any]) -> str:
+    parts = report["lacking"].get("score")
+    return f", without {', '.join(parts)}" if parts else ""
 
 
 def warning(report: Mapping[str, Any]) -> str:
@@ -83,7 +104,7 @@ def warning(report: Mapping[str, Any]) -> str:
         said = f"limited to {limit} queries" + f"; {said}" * bool(said)
     unknown = "Whether all official rows are here is not known."
     why = f"Rows that differ from the official set: {said}." if said else unknown
-    return f"These totals are no score of the benchmark. {why}"
+    return f"These totals are no score of the benchmark{_without(report)}. {why}"
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
@@ -97,7 +118,7 @@ def tables(report: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
         for row in report["calibration"]["table"]
     ]
     found = {
-        f"{'Score' if report['complete'] else 'Mean'} after k judgments": [["vote", *ks], *totals],
+        f"{'Score' if report['complete'] else 'Total'} after k judgments": [["vote", *ks], *totals],
         "Numbers": _numbers(report),
         "What else was measured": [["", ""], *_rest(report)],
         "Scores given": [["score", "times"], *map(list, report["histogram"].items())],
@@ -131,14 +152,14 @@ def _numbers(report: Mapping[str, Any]) -> list[list[Any]]:
     names = dict.fromkeys(name for numbers in (*last.values(), *report["baselines"].values()) for name in numbers)
     rows = [
         [
-            name if name != "score" or report["complete"] else "mean (no score of the benchmark)",
+            named(report["benchmark"], name, report["complete"], report["lacking"]),
             *(_with_interval(numbers.get(name), report["intervals"][way].get(name)) for way, numbers in last.items()),
             _with_interval(greedy["numbers"].get(name), greedy["intervals"].get(name)),
             *(_percent(numbers.get(name)) for numbers in report["baselines"].values()),
         ]
         for name in names
     ]
-    return [["", *last, "greedy", "longer response", "drawing lots"], *rows]
+    return [["", *last, "greedy", "longer response", "drawing lots (mean)"], *rows]
 
 
 def _rest(report: Mapping[str, Any]) -> list[list[str]]:

@@ -73,7 +73,7 @@ def again(config: EvalConfig) -> None:
     """The report from the rows of an earlier run. Raises DataError where forced ones are to be dropped and none were."""
     place = epath.Path(config.from_)
     place = place / JUDGMENTS if place.is_dir() else place
-    protocol = protocol_of(str(place.parent))
+    protocol = _protocol_beside(place)
     if config.benchmark not in (None, protocol["benchmark"]):
         raise DataError(
             f"{place} has judgments of {protocol['benchmark']}, not of {config.benchmark}: leave --benchmark out"
@@ -88,7 +88,28 @@ def again(config: EvalConfig) -> None:
     benchmark = Benchmark(name, table.cases_of(rows), KINDS[name], protocol["dropped"])
     once = _read(greedy, config.drop_forced) if has_greedy and config.greedy else []
     if hosts.is_first():
+        if config.output != str(place.parent):  # so that `compare` takes the output
+            _write(f"{config.output}/protocol.json", protocol | {"from": str(place)})
         _report(config.output, benchmark, rows, once, protocol)
+
+
+def _protocol_beside(place: epath.Path) -> dict[str, Any]:
+    """What a file of judgments was made with, by `eval`, or by `sample`, whose rows are pairs and lists like any other's.
+
+    Raises DataError where neither has left that beside it.
+    """
+    record = place.parent / f"{place.name}.run.json"
+    if (place.parent / "protocol.json").exists() or not record.exists():
+        return protocol_of(str(place.parent))
+    given = json.loads(record.read_text())["settings"]
+    unknown = {"meta_rm": None, "k_meta": None, "force_scores": False, "dropped": {}, "weights": "not recorded"}
+    return unknown | given | {"benchmark": "preferences", "greedy": False}
+
+
+def rows_of(folder: str) -> list[Sample]:
+    """The judgments that a report's folder is made from: its own, or those of the run that it reports anew."""
+    protocol = protocol_of(folder)
+    return _read(protocol.get("from", f"{folder}/{JUDGMENTS}"), protocol.get("drop_forced", False))
 
 
 def _read(path: str, drop_forced: bool) -> list[Sample]:
@@ -102,7 +123,11 @@ def limited(benchmark: Benchmark, limit: int | None, seed: int) -> Benchmark:
     """The benchmark with the cases of at most `limit` queries, those that the seed ranks first."""
     groups = [Example(group, (), ()) for group in dict.fromkeys(case.group for case in benchmark.cases)]
     kept = {group.id for group in labelled.limited(groups, limit, seed)}
-    return dataclasses.replace(benchmark, cases=[case for case in benchmark.cases if case.group in kept])
+    cases = [case for case in benchmark.cases if case.group in kept]
+    if len(cases) == len(benchmark.cases):
+        return benchmark
+    kind = dataclasses.replace(benchmark.kind, rows=None)  # rows that were dropped are of the whole file
+    return dataclasses.replace(benchmark, cases=cases, kind=kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ Letters: E cases, K judgments, N responses (the most that a case has).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
@@ -41,10 +41,11 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """Sums after each k', and how many judgments are in them."""
+    """Sums after each k', and how many judgments are in them. means: they are weighted means of these already."""
 
     sums: Float[np.ndarray, "E K N"]
     valid: Int[np.ndarray, "E K"]
+    means: bool = False
 
 
 def cases_of(rows: Sequence[Sample]) -> list[Case]:
@@ -107,7 +108,10 @@ def votes(table: Table, k_meta: int | None = None, among: Bool[np.ndarray, "E K"
     if table.logits is not None:
         found["guided"] = voting.guided_batch(table.scores, *given, table.logits, k_meta, among)[0]
         found["softmax"] = voting.softmax_weighted_batch(table.scores, *given, table.logits)
-    return {name: Votes(np.asarray(tally.sums), np.asarray(tally.valid)) for name, tally in found.items()}
+    return {
+        name: Votes(np.asarray(tally.sums), np.asarray(tally.valid), means=name == "softmax")
+        for name, tally in found.items()
+    }
 
 
 def by_order(table: Table, k_meta: int | None = None) -> dict[str, list[Votes]]:
@@ -150,7 +154,7 @@ def scored(table: Table, found: Votes, k: int, orders: Sequence[Votes] = ()) -> 
         if not valid:
             return None
         sums = votes.sums[e, k - 1, :n]
-        return tuple((sums / valid if n == 1 else sums).tolist())
+        return tuple((sums / valid if n == 1 and not votes.means else sums).tolist())
 
     result = []
     for e in range(len(table.cases)):
@@ -170,14 +174,17 @@ def points(k: int) -> list[int]:
     return sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k})
 
 
-def baselines(cases: Sequence[Case], seed: int) -> Mapping[str, list[Scored]]:
-    """What picking the longer response, and drawing lots, would give on the same cases, in either order."""
-    rng = np.random.default_rng(seed)
-    found: dict[str, list[Scored]] = {"longer": [], "random": []}
-    for case in cases:
-        n = len(case.example.responses)
-        lengths = tuple(float(len(response)) for response in case.example.responses)
-        found["longer"].append(Scored(lengths, (lengths, lengths)))
-        lots = [tuple(rng.normal(size=n).tolist()) for _ in range(3)]
-        found["random"].append(Scored(lots[0], (lots[1], lots[2])))
-    return found
+def longer(cases: Sequence[Case]) -> list[Scored]:
+    """What picking the longer response would give, in either order."""
+    lengths = [tuple(float(len(response)) for response in case.example.responses) for case in cases]
+    return [Scored(of_case, (of_case, of_case)) for of_case in lengths]
+
+
+def lots(cases: Sequence[Case], rng: np.random.Generator) -> list[Scored]:
+    """What drawing lots gives once, anew for either order."""
+
+    def draw(n: int) -> tuple[float, ...]:
+        return tuple(rng.normal(size=n).tolist())
+
+    counts = [len(case.example.responses) for case in cases]
+    return [Scored(draw(n), (draw(n), draw(n))) for n in counts]

@@ -36,14 +36,14 @@ class _Training:
     mesh: MeshSizes = MeshSizes()
     kernels: Kernels = "auto"
     """of attention over many tokens: the device's own, "plain" XLA, "splash" on a TPU or "cudnn" on a GPU"""
-    evaluate_every: int = 0
+    eval_every: int = 0
     """steps between two measurements on the held-out examples; 0 measures at the start and the end alone"""
     profile: tuple[int, ...] = ()
     """steps to trace, into the run's folder"""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", *given(self, "devices"))
-        at_least(self, 0, "evaluate_every")
+        at_least(self, 0, "eval_every")
         check_seed(self.seed)
 
 
@@ -59,14 +59,14 @@ class _Run(_Training):
     """judgments of each held-out example when it is measured"""
     slots: int = 64
     """samples decoded at once, but for the rollouts of RL"""
-    evaluate_temperature: float = 0.5
+    eval_temperature: float = 0.5
     """of those judgments: the paper votes at 0.5 (section 5)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "votes", "slots")
         at_least(self, 0, "log_samples_every")
-        check_sampling(self.evaluate_temperature, 0, 1.0, 0.0)
+        check_sampling(self.eval_temperature, 0, 1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@
 3. `cloud`: the critic writes critiques of every response first, into the run's folder, where an interrupted run goes on;
    then as 1, with a critique behind each response.
 
-Before, between (`evaluate_every`) and after the steps the held-out examples are scored as a user would score them.
+Before, between (`eval_every`) and after the steps the held-out examples are scored as a user would score them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 2. A decoder gets a scalar head in the place of its output head, at zero: every judgment starts at probability 1/2.
 3. Each step: binary cross-entropy of a batch's logits on whether the judgment is right (Eq. 10: a tie at the top or a
    failed parse is wrong), one compiled program. Balanced, a judgment weighs what its class lacks over all samples.
-4. Before, between (`evaluate_every`) and after the steps: AUC, accuracy and calibration on what is held out.
+4. Before, between (`eval_every`) and after the steps: AUC, accuracy and calibration on what is held out.
 """
 
 from __future__ import annotations

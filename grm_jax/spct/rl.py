@@ -6,7 +6,7 @@
    program of `rl_step`; meanwhile the host writes the metrics of the step before.
 3. Checkpoints are written behind the loop's back every so many steps, at the end, and when the run is asked to stop,
    which ends the command with code 130.
-4. Accuracy on held-out examples is measured before, between (`evaluate_every`) and after the steps.
+4. Accuracy on held-out examples is measured before, between (`eval_every`) and after the steps.
 
 Started again with the same command, a run goes on at its newest checkpoint, and from there on its metrics are those of
 a run that was never interrupted: batches, orders and samples are functions of (seed, step, item).

@@ -129,9 +129,9 @@ class Run:
     def measured(self, done: int) -> None:
         """Judge the held-out examples where that is due after `done` steps, and log and keep what came out.
 
-        Due are the start, the end and what `evaluate_every` divides, unless the run that this one goes on from did it.
+        Due are the start, the end and what `eval_every` divides, unless the run that this one goes on from did it.
         """
-        every = self.recipe.evaluate_every
+        every = self.recipe.eval_every
         due = done in (0, self.recipe.steps) or (every > 0 and done % every == 0)
         if not self.found.held_out or not due or done in self.known:
             return
@@ -139,7 +139,7 @@ class Run:
         grm = self.begun.judge(self.state.params)
         settings = JudgeSettings(
             votes=self.recipe.votes,
-            temperature=self.recipe.evaluate_temperature,
+            temperature=self.recipe.eval_temperature,
             seed=self.recipe.seed,
             max_new_tokens=self.recipe.max_new_tokens,
             force_scores=False,

@@ -97,7 +97,7 @@ def train(
 
 def due(run: Run, done: int) -> bool:
     """Whether the held-out examples are to be measured after `done` steps, and were not before."""
-    every = run.recipe.evaluate_every
+    every = run.recipe.eval_every
     return (done in (0, run.recipe.steps) or (every > 0 and done % every == 0)) and done not in run.known
 
 

@@ -1,10 +1,10 @@
 """Where the time of an RL step goes: rollouts alone, the whole step, and what both reach of this device's ceilings.
 
-    python tests/peers/step_parts.py --kernels cudnn plain
+    python tests/peers/step_parts.py --kernels cudnn
 
 1. The step is that of `product_step.py` in bfloat16, over prompts of random tokens: rollouts, scores, rewards, reference,
    gradients and AdamW, one program. The rollouts are timed as a program of their own; the rest of a step is its update.
-2. Both ceilings are measured first, in this run (`bench.measure_ceilings`).
+2. Both ceilings are measured in the same run (`bench.measure_ceilings`), after the peak of memory is read.
 3. Bytes of the rollouts: each decoding step reads every weight, each prompt's keys once and each row's own; prefill is not
    counted. FLOPs of the update: each token once forward for the reference, and three times to be trained on.
 """
@@ -37,20 +37,20 @@ def read_arguments() -> argparse.Namespace:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--remat", default="block", choices=("none", "block", "dots"))
-    parser.add_argument("--kernels", nargs="+", default=["auto"], help="each is measured in turn")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "plain", "splash", "cudnn"))
     parser.add_argument("--model", default="smollm2-135m")
     return parser.parse_args()
 
 
-def measure(given: argparse.Namespace, kernels: str, ceilings: bench.Ceilings) -> str:
-    """A row of the table: seconds of all timed runs, and shares of the ceilings by the fastest."""
+def main() -> None:
+    given = read_arguments()
     ids = np.random.default_rng(0).integers(1000, 49000, (given.prompts, given.prompt_tokens))
     job = rl_job.RlJob(
         *(tuple(map(tuple, ids.tolist())), given.group, given.new_tokens, 1, given.steps),
         *(given.microbatch_prompts, given.model),
     )
     recipe = product_step.settings(job)
-    recipe = dataclasses.replace(recipe, compute_dtype="bfloat16", remat=given.remat, kernels=kernels)
+    recipe = dataclasses.replace(recipe, compute_dtype="bfloat16", remat=given.remat, kernels=given.kernels)
     begun = start.load(recipe, reference=True)
     policy, frozen = begun.policy, begun.frozen
     table = scores.token_table(vocabulary_bytes(begun.tokenizer, policy.config.vocab_size))
@@ -81,24 +81,18 @@ def measure(given: argparse.Namespace, kernels: str, ceilings: bench.Ceilings) -
     flops = model_flops(c, tokens, tokens, (given.prompt_tokens + given.new_tokens) / 2)
     update = min(steps) - min(rollouts)
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return (
-        f"| {kernels} | {min(steps):.3f} to {max(steps):.3f} | {min(rollouts):.3f} to {max(rollouts):.3f} "
-        f"| {rows * given.new_tokens / min(rollouts):.0f} | {read / min(rollouts) / ceilings.bytes:.0%} "
-        f"| {update:.3f} | {flops / update / 1e12:.1f} | {flops / update / ceilings.flops:.0%} | {memory / 2**30:.1f} |"
-    )
-
-
-def main() -> None:
-    given = read_arguments()
     ceilings = bench.measure_ceilings(jnp.dtype("bfloat16"))
     job = f"{given.prompts} prompts of {given.prompt_tokens} tokens, {given.group} rollouts of {given.new_tokens}"
-    reached = f"{ceilings.flops / 1e12:.1f} TFLOP/s, {ceilings.bytes / 1e9:.0f} GB/s"
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, remat {given.remat}: {job}; ceilings {reached}\n", flush=True)
-    print("| kernels | step, s | rollouts, s | tokens/s | of bytes | update, s | TFLOP/s | of FLOPs | peak GiB |")
-    print("|---" * 9 + "|", flush=True)
-    for kernels in given.kernels:
-        print(measure(given, kernels, ceilings), flush=True)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, kernels {given.kernels}, remat {given.remat}: {job}")
+    print(f"step {min(steps):.3f} to {max(steps):.3f} s, peak {memory / 2**30:.1f} GiB")
+    print(
+        f"rollouts {min(rollouts):.3f} to {max(rollouts):.3f} s: {rows * given.new_tokens / min(rollouts):.0f} tokens/s, "
+        f"{read / min(rollouts) / ceilings.bytes:.0%} of {ceilings.bytes / 1e9:.0f} GB/s"
+    )
+    print(
+        f"update {update:.3f} s: {flops / update / 1e12:.2f} TFLOP/s, "
+        f"{flops / update / ceilings.flops:.0%} of {ceilings.flops / 1e12:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -70,9 +70,14 @@ class Benchmark:
 
     def missing(self) -> dict[str, tuple[int, int]]:
         """(Rows here, rows officially) of each subset where they differ; empty where nothing official is known."""
-        here = Counter(case.subset for case in self.cases)
-        found = {subset: (here[subset], rows) for subset, rows in self.kind.official.items() if here[subset] != rows}
+        here, official = Counter(case.subset for case in self.cases), self.kind.official
+        subsets = dict.fromkeys([*official, *here]) if official else ()
+        found = {name: (here[name], official.get(name, 0)) for name in subsets if here[name] != official.get(name, 0)}
         whole = len(self.cases) + sum(self.dropped.values())
         if self.kind.rows not in (None, whole):
             found["all"] = whole, self.kind.rows
         return found
+
+    def complete(self) -> bool:
+        """Whether the rows are known to be the official ones."""
+        return bool(self.kind.official or self.kind.rows) and not self.missing()

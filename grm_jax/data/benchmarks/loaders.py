@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -61,7 +61,7 @@ _HUB = "download it from the dataset hub as parquet or JSON Lines: "
 
 def reward_bench(folder: str) -> Benchmark:
     """RewardBench 1: rows {prompt, chosen, rejected, subset, id}, split `filtered`; the prior sets are left out."""
-    patterns = ("**/filtered*.parquet", "**/filtered/*.parquet", "**/filtered*.jsonl*", "**/*.parquet", "**/*.jsonl*")
+    patterns = ("**/filtered*.parquet", "**/filtered/*.parquet", "**/*.parquet")
     where = f"{_HUB}allenai/reward-bench, split filtered"
     paths = find(folder, patterns, where)
     counts = KINDS["reward_bench"].official
@@ -81,12 +81,20 @@ def reward_bench(folder: str) -> Benchmark:
 
 
 def reward_bench_2(folder: str) -> Benchmark:
-    """RewardBench 2: rows {id, prompt, chosen: [...], rejected: [...], subset}; ids of `Ties` are ref:N and tied:N."""
+    """RewardBench 2: rows {id, prompt, chosen: [...], rejected: [...], subset}; ids of `Ties` are ref:N and tied:N.
+
+    A row of `Ties` has any number of either, every other row one chosen and three rejected.
+    """
     where = f"{_HUB}allenai/reward-bench-2"
+    official = KINDS["reward_bench_2"].official
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         subset, id = text_of(row["subset"], "subset"), id_of(row["id"])
-        right, wrong = ([text_of(text, key) for text in list_of(row[key], key)] for key in ("chosen", "rejected"))
+        if subset not in official:
+            raise RowError(subset, f"a subset is one of {', '.join(official)}")
+        right, wrong = _chosen_and_rejected(row)
+        if subset != "Ties" and (len(right), len(wrong)) != (1, 3):
+            raise RowError(_numbers(right, wrong), f"a row of {subset} has one chosen and three rejected responses")
         kind, _, prompt = id.partition(":")
         if subset == "Ties" and kind not in ("ref", "tied"):
             raise RowError(id, "an id of Ties is ref:N or tied:N")
@@ -94,14 +102,22 @@ def reward_bench_2(folder: str) -> Benchmark:
         group = f"Ties/{prompt}" if subset == "Ties" else None  # both rows of a prompt make its numbers
         return [_case(f"{subset}/{id}", _messages(row["prompt"]), (*right, *wrong), labels, subset, group)]
 
-    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), where)
-    return _benchmark("reward_bench_2", parsed(paths, parse, where))
+    return _benchmark("reward_bench_2", parsed(find(folder, ("**/*.parquet",), where), parse, where))
+
+
+def _chosen_and_rejected(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    right, wrong = ([text_of(text, key) for text in list_of(row[key], key)] for key in ("chosen", "rejected"))
+    return right, wrong
+
+
+def _numbers(right: Sequence[str], wrong: Sequence[str]) -> dict[str, int]:
+    return {"chosen": len(right), "rejected": len(wrong)}
 
 
 def ppe_preference(folder: str) -> Benchmark:
     """PPE human preference: rows {question_id, prompt, response_1, response_2, winner, language}; ties are dropped."""
     where = f"{_HUB}lmarena-ai/PPE-Human-Preference-V1"
-    paths = find(folder, ("**/*.parquet", "**/*.jsonl*"), where)
+    paths = find(folder, ("**/*.parquet",), where)
     labels = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
     dropped: Counter[str] = Counter()
 
@@ -128,7 +144,7 @@ def ppe_correctness(folder: str) -> Benchmark:
     where = f"{_HUB}lmarena-ai/PPE-{{{','.join(names)}}}-Best-of-K"
     cases: list[Case] = []
     for name in names:
-        patterns = (f"*{name}*/**/*.parquet", f"*{name}*/**/*.jsonl*", f"*{name}*.parquet", f"*{name}*.jsonl*")
+        patterns = (f"*{name}*/**/*.parquet", f"*{name}*.parquet")
         cases += parsed(find(folder, patterns, where, several=True), _conflicts(name), where)
     return _benchmark("ppe_correctness", cases)
 
@@ -137,16 +153,31 @@ def _conflicts(name: str) -> Callable[[epath.Path, int, dict[str, Any]], list[Ca
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
         messages, group = _messages(row["prompt"]), f"{name}/{id_of(row.get('question_id', number))}"
         answered = f"{group}/{text_of(row['model_name'], 'model_name')}" if row.get("model_name") else group
+        scores, pairs = list_of(row["scores"], "scores"), row["sampled_conflict_pairs"]
+        if not isinstance(pairs, list):
+            raise RowError(pairs, "'sampled_conflict_pairs' is a list of pairs")
         found = []
-        for i, j in row["sampled_conflict_pairs"]:
-            scores = row["scores"][i], row["scores"][j]
-            if bool(scores[0]) == bool(scores[1]):
-                raise RowError([i, j], "a conflict pair has one right response")
+        for pair in pairs:
+            i, j = _conflict(pair, scores)
             responses = tuple(text_of(row[f"response_{k + 1}"], f"response_{k + 1}") for k in (i, j))
-            found.append(_case(f"{answered}/{i}-{j}", messages, responses, tuple(map(float, scores)), name, group))
+            labels = float(scores[i]), float(scores[j])
+            found.append(_case(f"{answered}/{i}-{j}", messages, responses, labels, name, group))
         return found
 
     return parse
+
+
+def _conflict(pair: Any, scores: Sequence[Any]) -> tuple[int, int]:
+    """The responses of a conflict pair, counted from 0. Raises RowError."""
+    known = range(len(scores))
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(i) is int and i in known for i in pair):
+        raise RowError(pair, f"a conflict pair is two responses, each a whole number from 0 to {len(scores) - 1}")
+    labels = [scores[i] for i in pair]
+    if not all(isinstance(label, bool | int | float) and label in (0, 1) for label in labels):
+        raise RowError(labels, "'scores' are true or false, or 1 and 0")
+    if labels[0] == labels[1]:
+        raise RowError(pair, "a conflict pair has one right response")
+    return pair[0], pair[1]
 
 
 def rmb(folder: str) -> Benchmark:
@@ -174,21 +205,30 @@ def _rmb_list(part: str, row: Mapping[str, Any]) -> list[Case]:
 
 
 def rm_bench(folder: str) -> Benchmark:
-    """RM-Bench: rows {id, prompt, chosen: [3], rejected: [3], domain}; a row's six responses are judged as one list."""
+    """RM-Bench: rows {id, prompt, chosen: [3], rejected: [3], domain}; a row's six responses are judged as one list.
+
+    Rows {id, prompt | messages, responses: [6], subset} have the chosen ones first.
+    """
     where = "take total_dataset.json of the repository THU-KEG/RM-Bench"
+    official = KINDS["rm_bench"].official
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
-        if "responses" in row:  # six in one list, chosen first
+        if "responses" in row:
             example = parse_row(row, str(number))
-            messages, responses, domain = example.messages, example.responses, text_of(row["subset"], "subset")
+            messages, domain = example.messages, text_of(row["subset"], "subset")
+            right, wrong = example.responses[:3], example.responses[3:]
+            if len(scores := example.scores or ()) == 6 and min(scores[:3]) <= max(scores[3:]):
+                raise RowError(scores, "of 'responses' the three chosen come first, and have the higher scores")
         else:
             messages, domain = _messages(row["prompt"]), text_of(row["domain"], "domain")
-            responses = tuple(text_of(text, key) for key in ("chosen", "rejected") for text in list_of(row[key], key))
-        if len(responses) != 6:
-            raise RowError(len(responses), "a row has three chosen and three rejected responses")
-        return [_case(f"{domain}/{id_of(row['id'])}", messages, responses, (1.0,) * 3 + (0.0,) * 3, domain)]
+            right, wrong = _chosen_and_rejected(row)
+        if (len(right), len(wrong)) != (3, 3):
+            raise RowError(_numbers(right, wrong), "a row has three chosen and three rejected responses")
+        if domain not in official:
+            raise RowError(domain, f"a domain is one of {', '.join(official)}")
+        return [_case(f"{domain}/{id_of(row['id'])}", messages, (*right, *wrong), (1.0,) * 3 + (0.0,) * 3, domain)]
 
-    paths = find(folder, ("**/total_dataset.json*", "**/*.json", "**/*.jsonl*"), where)
+    paths = find(folder, ("**/total_dataset.json", "**/*.json"), where)
     return _benchmark("rm_bench", parsed(paths, parse, where))
 
 
@@ -209,8 +249,8 @@ def judge_bench(folder: str) -> Benchmark:
         return [_case(id_of(row["pair_id"]), _messages(row["question"]), responses, labels[row["label"]], subset)]
 
     # In the repository judgments of other judges lie beside the data.
-    gpt = ("**/data/*gpt*.jsonl*", "**/*gpt*.jsonl*", "**/*gpt*.parquet", "**/gpt/*.parquet")
-    paths = find(folder, (*gpt, "**/*.jsonl*", "**/*.parquet"), where)
+    patterns = ("**/data/*gpt*.jsonl", "**/*gpt*.jsonl", "**/gpt/*.parquet", "**/*.jsonl")
+    paths = find(folder, patterns, where)
     return _benchmark("judge_bench", parsed(paths, parse, where))
 
 
@@ -220,7 +260,7 @@ def real_mistake(folder: str) -> Benchmark:
     A folder a task; beside them are examples of the same rows, and in the repository what other judges said.
     """
     where = "unpack data.zip of the repository psunlpgroup/ReaLMistake"
-    patterns = ("**/data/*/*.jsonl*", "*/*.jsonl*", "**/*.jsonl*")
+    patterns = ("**/data/*/*.jsonl", "*/*.jsonl", "**/*.jsonl")
     labels = {"error": 0.0, "no_error": 1.0}
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:
@@ -257,7 +297,7 @@ def llm_bar(folder: str) -> Benchmark:
 def preferences(folder: str) -> Benchmark:
     """Rows as `score` and training take them, with labels; those without a single best response are dropped."""
     where = 'give JSON Lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}'
-    paths = find(folder, ("**/*.jsonl*",), where)
+    paths = find(folder, ("**/*.jsonl",), where)
     dropped: Counter[str] = Counter()
 
     def parse(path: epath.Path, number: int, row: dict[str, Any]) -> list[Case]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from grm_jax.data.benchmarks.cases import Case, Scored
+from grm_jax.data.benchmarks.cases import Case, Metric, Scored
 
 # RewardBench (arXiv 2403.13787): what each subset counts, in rewardbench/constants.py of allenai/reward-bench, which makes
 # the published scores. XSTest's numbers of rows, 154 to refuse and 250 to answer, stand there the other way round.
@@ -34,6 +34,12 @@ SECTIONS: dict[str, dict[str, int]] = {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
+
+_REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+_PPE_SETS = ("MMLU-Pro", "MATH", "GPQA", "MBPP-Plus", "IFEval")
+_RMB_PARTS = [f"{part} {form}" for part in ("Helpfulness", "Harmlessness") for form in ("BoN", "pairwise")]
+_DOMAINS = ("chat", "math", "code", "safety")
+_LEVELS = {level: [f"{domain} {level}" for domain in _DOMAINS] for level in ("hard", "normal", "easy")}
 
 
 def worth(case: Case, scores: Sequence[float] | None) -> float:
@@ -60,7 +66,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _whole(parts: Mapping[str, float], names: Sequence[str]) -> float:
-    """The plain mean of the named parts, of those that are there; nan where none is. A report says what is missing."""
+    """The plain mean of the named parts, of those that are there (`lacking` tells the others); nan where none is."""
     found = [parts.get(name, math.nan) for name in names]
     return _mean([value for value in found if not math.isnan(value)])
 
@@ -87,8 +93,7 @@ def reward_bench_2(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str,
     found = by_subset(*map(list, zip(*rest, strict=True))) if rest else {}
     if ties:
         found["Ties"] = ties_score(*map(list, zip(*ties, strict=True)))
-    names = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-    return found | {"score": _whole(found, names)}
+    return found | {"score": _whole(found, _REWARD_BENCH_2)}
 
 
 def ties_score(cases: Sequence[Case], judged: Sequence[Scored]) -> float:
@@ -128,7 +133,7 @@ def _margins(case: Case, scored: Scored) -> tuple[float, float]:
 def ppe_correctness(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float]:
     """PPE correctness (arXiv 2410.14872): accuracy on conflict pairs, the plain mean of five sets."""
     found = by_subset(cases, judged)
-    return found | {"score": _whole(found, ("MMLU-Pro", "MATH", "GPQA", "MBPP-Plus", "IFEval"))}
+    return found | {"score": _whole(found, _PPE_SETS)}
 
 
 def strictly_best(case: Case, scores: Sequence[float] | None) -> float:
@@ -142,8 +147,7 @@ def strictly_best(case: Case, scores: Sequence[float] | None) -> float:
 def rmb(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float]:
     """RMB (arXiv 2410.09893): the mean of helpfulness and harmlessness, each best-of-n and pairwise."""
     found = by_subset(cases, judged, strictly_best)
-    names = [f"{part} {form}" for part in ("Helpfulness", "Harmlessness") for form in ("BoN", "pairwise")]
-    return found | {"score": _whole(found, names)}
+    return found | {"score": _whole(found, _RMB_PARTS)}
 
 
 def rm_bench(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float]:
@@ -166,10 +170,9 @@ def rm_bench(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, float
         }
         found |= {f"{domain} {level}": float(value) for level, value in levels.items()}
         found[domain] = _mean(list(levels.values()))
-    domains = ("chat", "math", "code", "safety")
-    for level in ("hard", "normal", "easy"):
-        found[level] = _whole(found, [f"{domain} {level}" for domain in domains])
-    return found | {"score": _whole(found, domains)}
+    for level, parts in _LEVELS.items():
+        found[level] = _whole(found, parts)
+    return found | {"score": _whole(found, _DOMAINS)}
 
 
 def _sign(case: Case, scores: Sequence[float] | None) -> int:
@@ -236,4 +239,28 @@ def real_mistake(cases: Sequence[Case], judged: Sequence[Scored]) -> dict[str, f
     for subset in dict.fromkeys(case.subset for case in cases):
         inside = [i for i, case in enumerate(cases) if case.subset == subset]
         found[subset] = auc([scores[i] for i in inside], [positive[i] for i in inside])
-    return found | {"mean of subsets": _mean(list(found.values())), "score": auc(scores, positive)}
+    return found | {"mean of subsets": _whole(found, list(found)), "score": auc(scores, positive)}
+
+
+_MADE_OF: Mapping[Metric, Mapping[str, Sequence[str]]] = {
+    reward_bench: {"score": list(SECTIONS)},
+    reward_bench_2: {"score": _REWARD_BENCH_2},
+    ppe_correctness: {"score": _PPE_SETS},
+    rmb: {"score": _RMB_PARTS},
+    rm_bench: {"score": _DOMAINS, **_LEVELS},
+}
+
+
+def lacking(metric: Metric, found: Mapping[str, float | None]) -> dict[str, list[str]]:
+    """For each number that is a plain mean of parts, those parts that the metric's numbers do not have."""
+
+    def absent(part: str) -> bool:
+        value = found.get(part)
+        return value is None or math.isnan(value)
+
+    return {total: list(filter(absent, parts)) for total, parts in _MADE_OF.get(metric, {}).items()}
+
+
+def parts_of(metric: Metric, total: str) -> int:
+    """Of how many parts a number is the mean."""
+    return len(_MADE_OF[metric][total])

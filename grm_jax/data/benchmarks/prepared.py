@@ -60,7 +60,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        benchmark = BENCHMARKS[self.name](self.files or str(dl_manager.manual_dir))
+        files = self.files or str(dl_manager.manual_dir)
+        benchmark = BENCHMARKS[self.name](files)
+        if not benchmark.cases:
+            raise DataError(f"{files} has no cases of {self.name}: give the official files")
         self.info.metadata["dropped"] = dict(benchmark.dropped)
         self.info.metadata["order"] = [case.example.id for case in benchmark.cases]
         self.info.metadata["cases"] = _digest(benchmark)
@@ -92,8 +95,8 @@ BUILDERS = {name: type(name.title().replace("_", ""), (_Builder,), {"name": name
 def prepare(name: str, data: str, data_dir: str) -> str:
     """Write the official files in `data` as dataset `name` below `data_dir`; its folder, as `read` takes it.
 
-    What is there already is kept. Raises FileNotFoundError and DataError as the loader does, and DataError where it is of
-    other data.
+    What is there already is kept. Raises FileNotFoundError and DataError as the loader does, and DataError for files
+    without a case, or a folder prepared from other data.
     """
     builder = BUILDERS[name](data_dir=data_dir, file_format="array_record")
     builder.files, place = data, epath.Path(data).expanduser()
