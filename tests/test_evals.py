@@ -17,7 +17,7 @@ from tiny import LLAMA, tiny_model
 
 from grm_jax.data.benchmarks import Benchmark, Case, Kind, metrics
 from grm_jax.datatypes import Example, Message
-from grm_jax.evals import compare, measure, page, report, table
+from grm_jax.evals import compare, measure, table
 from grm_jax.main import main
 from grm_jax.spct.sample import Sample, read_samples
 from grm_jax.tokenizer import ByteTokenizer
@@ -169,33 +169,6 @@ def test_queries_are_drawn_anew_with_all_their_cases():
 
     assert measure.interval(metric, cases, judged, 0, resamples=50) == {"score": (0.0, 1.0)}
     assert seen == {0.0, 0.5, 1.0}
-
-
-def test_a_page_holds_no_markup_of_a_response(monkeypatch):
-    """And no more than it may: wrong cases are kept first."""
-    hostile = "</script><script>alert(1)</script><b>"
-    cases = [
-        dataclasses.replace(pair(i), example=dataclasses.replace(pair(i).example, responses=(hostile, "b")))
-        for i in range(4)
-    ]
-    rows = [judgment(case, 0, [(9, 1), (1, 9), (5, 5), None][i], text=hostile) for i, case in enumerate(cases)]
-    found = table.table_of(cases, rows)
-    assert [page._kind(case.example.scores, s) for case, s in zip(cases, ([9, 1], [1, 9], [5, 5], None), strict=True)] == [
-        "right", "wrong", "tied", "failed",
-    ]  # fmt: skip
-    shown, left = page._cases(found, rows)
-    assert (len(shown), left) == (4, 0)
-    monkeypatch.setattr(page, "LARGEST", 2 * len(json.dumps(shown[1])) + 20)
-    shown, left = page._cases(found, rows)
-    assert ([case["kind"] for case in shown], left) == (["wrong", "failed"], 2)
-    benchmark = Benchmark("preferences", cases, Kind(metrics.preferences))
-    numbers = measure.numbers(benchmark, found, None, 0)
-    protocol = {"votes": 1, "temperature": 0.5, "seed": 0, "force_scores": False, "model": hostile, "weights": "0"}
-    whole = report.whole(benchmark, protocol | {"meta_rm": None, "template": {}}, numbers, None)
-    assert page.html(whole, found, rows).count("<script") == 2
-
-
-# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")

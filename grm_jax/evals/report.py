@@ -132,12 +132,18 @@ def counts(report: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [f"{report['cases']} cases of {report['queries']} queries.", left_out(report)]))
 
 
+def dropped(report: Mapping[str, Any]) -> str:
+    """The rows that are no case, by reason; empty where there are none."""
+    counts = report["dropped"]
+    return f"Dropped: {', '.join(f'{count} {reason}' for reason, count in counts.items())}." if counts else ""
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: totals by vote and k, numbers by subset, baselines, and what else was measured."""
     parts = [f"# {report['benchmark']}", "", protocol_line(report["protocol"]), ""]
     parts += [counts(report), ""]
-    if report["dropped"]:
-        parts += [f"Dropped: {', '.join(f'{count} {reason}' for reason, count in report['dropped'].items())}.", ""]
+    if said := dropped(report):
+        parts += [said, ""]
     if said := warning(report):
         parts += [f"**{said}**", ""]
     for title, rows in tables(report).items():

@@ -285,5 +285,5 @@ def _report(
     _write(f"{output}/report.json", whole)
     text = report.markdown(whole)
     (epath.Path(output) / "report.md").write_text(text)
-    (epath.Path(output) / "report.html").write_text(page.html(whole, judged_table, rows))
+    (epath.Path(output) / "report.html").write_text(page.html(whole, judged_table, rows, once))
     logger.info("%s/report.md:\n%s", output, report.summary(whole))
