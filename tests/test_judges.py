@@ -92,7 +92,7 @@ def likes_length(case, first, rng):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(measure, "interval", functools.partial(measure.interval, resamples=100))
+    monkeypatch.setattr(measure, "RESAMPLES", 100)
     monkeypatch.setattr(measure, "baselines", functools.partial(measure.baselines, draws=20))
 
 
@@ -114,6 +114,10 @@ def test_one_who_guesses_is_at_chance(name):
     low, high = found["intervals"]["voting"]["score"]
     assert low <= SHAPES[name][1] <= high, (low, high)
     assert high - low < 0.15
+    bounds = found["intervals_of_curves"]["voting"]
+    assert bounds.keys() == found["curves"]["voting"].keys()
+    assert bounds[str(K)] == [low, high]
+    assert all(low <= found["curves"]["voting"][k]["score"] <= high for k, (low, high) in bounds.items())
     assert found["baselines"]["random"]["score"] == pytest.approx(SHAPES[name][1], abs=0.025)
     if name != "real_mistake":
         assert abs(found["position_bias"]) < 0.1

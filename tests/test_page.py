@@ -238,5 +238,15 @@ def test_judgments_say_whether_the_guided_vote_kept_them() -> None:
 
 
 def test_names_along_an_axis_keep_their_distance() -> None:
-    drawn = page._chart("judgments", {"voting": [(1, 0.5), (2, 0.6), (32, 0.7), (33, 0.7)]})
+    points = [(x, y, y - 0.1, y + 0.1) for x, y in ((1, 0.5), (2, 0.6), (32, 0.7), (33, 0.7))]
+    drawn = page._chart("judgments", {"voting": points})
     assert re.findall(r'y="232" text-anchor="middle">(\d+)<', drawn) == ["33", "2", "1"]
+
+
+def test_every_point_has_its_interval_and_bars_of_lines_stand_apart() -> None:
+    """From 40 to 70 % with a hundredth on either side: 190 units of height for 0.32."""
+    drawn = page._chart("judgments", {"a": [(1, 0.5, 0.4, 0.7)], "b": [(1, 0.5, 0.4, 0.7)]})
+    bars = [tuple(map(float, found)) for found in re.findall(r'<path d="M([\d.]+),([\d.]+)V([\d.]+)"', drawn)]
+    assert [bar[0] for bar in bars] == [215.5, 218.5]
+    assert {bar[1:] for bar in bars} == {(210.1, 31.9)}
+    assert re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn) == [("217.0", "150.7")] * 2

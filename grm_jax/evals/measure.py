@@ -1,7 +1,7 @@
 """From a table of judgments to the numbers of a report.
 
 1. Each way to vote has the benchmark's metric at k' = 1, 2, 4, ..., K, and at K a 95 % bootstrap interval of every number,
-   resampled by query.
+   resampled by query; before it one of the total, of a fifth as many draws.
 2. Beside them: what picking the longer response and drawing lots score, unread judgments, position bias, agreement of
    both orders, the histogram of scores, calibration of the vote's share, tokens, seconds.
 
@@ -43,20 +43,25 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
     most = table.valid.shape[1]
     curves: dict[str, dict[str, dict[str, float]]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    totals: dict[str, dict[str, tuple[float, float] | None]] = {}
+    metric = benchmark.kind.metric
     for name, way in ways.items():
-        curves[name] = {}
+        curves[name], totals[name] = {}, {}
         for k in tables.points(most):
             if k >= least:
-                curves[name][str(k)] = benchmark.kind.metric(table.cases, tables.scored(table, way, k, orders[name]))
-        intervals[name] = interval(
-            benchmark.kind.metric, table.cases, tables.scored(table, way, most, orders[name]), seed
-        )
+                judged = tables.scored(table, way, k, orders[name])
+                curves[name][str(k)] = metric(table.cases, judged)
+                draws = RESAMPLES if k == most else -(-RESAMPLES // 5)
+                found = interval(metric, table.cases, judged, seed, draws)
+                totals[name][str(k)] = found.get("score")
+        intervals[name] = found
     plain = ways["voting"]
     return _plain(
         {
             "curves": curves,
             "intervals": intervals,
-            "baselines": baselines(benchmark.kind.metric, table.cases, seed),
+            "intervals_of_curves": totals,
+            "baselines": baselines(metric, table.cases, seed),
             "unread_judgments": float(1 - table.valid.mean()),
             "unread_cases": float((~table.valid.any(axis=1)).mean()),
             "ties": _ties(table, plain),

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -175,29 +175,31 @@ def _head(sample: Sample, kept: bool | None) -> str:
 
 
 def _charts(report: Mapping[str, Any]) -> list[str]:
-    """The total against judgments, and against tokens, each vote a line."""
-    lines = {
-        name: [(k, numbers["score"]) for k, numbers in curve.items() if numbers.get("score") is not None]
-        for name, curve in report["curves"].items()
-    }
-    lines = {name: points for name, points in lines.items() if points}
+    """The total against judgments, and against tokens, each vote a line with its intervals."""
+    lines: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for name, curve in report["curves"].items():
+        bounds = report["intervals_of_curves"][name]
+        totals = {k: numbers["score"] for k, numbers in curve.items() if numbers.get("score") is not None}
+        if totals:
+            lines[name] = {k: (total, *(bounds.get(k) or (total, total))) for k, total in totals.items()}
     if not lines:
         return []
     spent = report["tokens_after"]
-    by_votes = {name: [(int(k), value) for k, value in points] for name, points in lines.items()}
+    by_votes = {name: [(int(k), *point) for k, point in points.items()] for name, points in lines.items()}
     charts = [_chart("judgments", by_votes)]
     if all(spent.values()):  # a baseline may write nothing
         by_tokens = {
-            name: [(spent[k] / report["cases"], value) for k, value in points] for name, points in lines.items()
+            name: [(spent[k] / report["cases"], *point) for k, point in points.items()]
+            for name, points in lines.items()
         }
         charts.append(_chart("tokens of a case", by_tokens))
     return charts
 
 
-def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """A picture of lines over a logarithmic axis, with a legend."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points]
+def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
+    """A picture of lines over a logarithmic axis, with a legend. Points: (x, y, and the bounds of y)."""
+    xs = [x for points in lines.values() for x, *_ in points]
+    ys = [y for points in lines.values() for _, *bounds in points for y in bounds]
     low, high = min(ys) - 0.01, max(ys) + 0.01
     left, right = math.log(min(xs)), math.log(max(xs))
 
@@ -218,17 +220,31 @@ def _chart(what: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
         if free - at >= 34:  # the last one stands, those too close to it do not
             drawn.append(f'<text x="{at:.1f}" y="232" text-anchor="middle">{x:.0f}</text>')
             free = at
-    drawn.append(f'<text x="217" y="248" text-anchor="middle">{escape(what)}</text>')
+    drawn.append(f'<text x="217" y="248" text-anchor="middle">{escape(what)} (bars: 95 % intervals)</text>')
     for number, (name, points) in enumerate(lines.items()):
-        color = _COLORS[number % len(_COLORS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        r = 3 + 1.5 * (len(lines) - 1 - number)  # where dots coincide, each has its ring
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{color}"/>' for x, y in (place(*p) for p in points)]
-        y = 266 + 16 * number
-        drawn.append(f'<rect x="52" y="{y - 9}" width="10" height="10" fill="{color}"/>')
-        drawn.append(f'<text x="68" y="{y}">{escape(name)}, %</text>')
+        drawn += _line(name, points, number, len(lines), place)
     return "".join([*drawn, "</svg></figure>"])
+
+
+def _line(
+    name: str, points: Sequence[tuple[float, float, float, float]], number: int, count: int,
+    place: Callable[[float, float], tuple[float, float]],
+) -> list[str]:  # fmt: skip
+    """A line, its dots and intervals, and its place in the legend; number: which of so many it is."""
+    color = _COLORS[number % len(_COLORS)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(x, y) for x, y, *_ in points))
+    drawn = [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>']
+    beside = 3 * (number - (count - 1) / 2)  # intervals of several lines stand side by side
+    for x, y, *bounds in points:
+        (at, bottom), (_, top) = (place(x, bound) for bound in bounds)
+        drawn.append(
+            f'<path d="M{at + beside:.1f},{bottom:.1f}V{top:.1f}" stroke="{color}" stroke-opacity="0.45" stroke-width="2"/>'
+        )
+        r = 3 + 1.5 * (count - 1 - number)  # where dots coincide, each has its ring
+        drawn.append(f'<circle cx="{at:.1f}" cy="{place(x, y)[1]:.1f}" r="{r}" fill="{color}"/>')
+    y = 266 + 16 * number
+    drawn.append(f'<rect x="52" y="{y - 9}" width="10" height="10" fill="{color}"/>')
+    return [*drawn, f'<text x="68" y="{y}">{escape(name)}, %</text>']
 
 
 def _round_between(low: float, high: float) -> list[float]:

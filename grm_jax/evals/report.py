@@ -110,8 +110,10 @@ def warning(report: Mapping[str, Any]) -> str:
 def tables(report: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
     """The report's tables by title, each with its head as the first row."""
     ks = list(dict.fromkeys(k for curve in report["curves"].values() for k in curve))
+    bounds = report["intervals_of_curves"]
     totals = [
-        [name, *(_percent(curve.get(k, {}).get("score")) for k in ks)] for name, curve in report["curves"].items()
+        [name, *(_with_interval(curve.get(k, {}).get("score"), bounds[name].get(k)) for k in ks)]
+        for name, curve in report["curves"].items()
     ]
     told = [
         [f"{row['from']:.1f} to {row['to']:.1f}", row["cases"], _percent(row["told"]), _percent(row["right"])]
