@@ -75,17 +75,22 @@ def batch_of(job: rl_job.RlJob) -> Batch:
     )
 
 
+def begin(recipe: RlConfig) -> tuple[training.Policy, dict[str, jax.Array], training.State, rl_step.Step]:
+    """The policy, the reference's weights, the first state, which alone holds the policy's weights, and the step."""
+    begun = start.load(recipe, reference=True)
+    policy = begun.policy
+    table = scores.token_table(vocabulary_bytes(begun.tokenizer, policy.config.vocab_size))
+    optimizer = training.make_optimizer(recipe.optimizer, recipe.steps)
+    state = training.start(begun.params, optimizer, policy.mesh)
+    step = rl_step.make_step(policy, recipe, optimizer, table, (), state, by_turns)  # no id ends a rollout
+    return policy, begun.frozen, state, step
+
+
 def main() -> None:
     job = rl_job.read_job(__doc__)
     memory.give_back_after_compiling()
     recipe = settings(job)
-    begun = start.load(recipe, reference=True)
-    policy, frozen = begun.policy, begun.frozen
-    table = scores.token_table(vocabulary_bytes(begun.tokenizer, policy.config.vocab_size))
-    optimizer = training.make_optimizer(recipe.optimizer, recipe.steps)
-    state = training.start(begun.params, optimizer, policy.mesh)
-    del begun  # a step donates the weights: nothing else may hold them
-    step = rl_step.make_step(policy, recipe, optimizer, table, (), state, by_turns)  # no id ends a rollout
+    policy, frozen, state, step = begin(recipe)
     key = jax.random.key(recipe.seed, impl="threefry2x32")
     stamps = [time.perf_counter()]
     for _ in range(job.all_steps):

@@ -21,14 +21,12 @@ import numpy as np
 import product_step
 import rl_job
 
-from grm_jax import bench, scores
+from grm_jax import bench
 from grm_jax.data.batches import Batch
-from grm_jax.grm import vocabulary_bytes
 from grm_jax.models.decoder import Params
 from grm_jax.models.flops import matrix_weights, model_flops, timed
 from grm_jax.sampler import Sampling
-from grm_jax.spct import rl_step, start
-from grm_jax.train import policy as training
+from grm_jax.spct import rl_step
 
 
 def read_arguments() -> argparse.Namespace:
@@ -51,13 +49,7 @@ def main() -> None:
     )
     recipe = product_step.settings(job)
     recipe = dataclasses.replace(recipe, compute_dtype="bfloat16", remat=given.remat, kernels=given.kernels)
-    begun = start.load(recipe, reference=True)
-    policy, frozen = begun.policy, begun.frozen
-    table = scores.token_table(vocabulary_bytes(begun.tokenizer, policy.config.vocab_size))
-    optimizer = training.make_optimizer(recipe.optimizer, recipe.steps)
-    state = training.start(begun.params, optimizer, policy.mesh)
-    del begun  # a step donates the weights: nothing else may hold them
-    step = rl_step.make_step(policy, recipe, optimizer, table, (), state, product_step.by_turns)
+    policy, frozen, state, step = product_step.begin(recipe)
     key, batch = jax.random.key(0, impl="threefry2x32"), rl_step.put(product_step.batch_of(job), policy)
 
     @jax.jit
