@@ -1,7 +1,7 @@
 """Every test runs on 8 simulated CPU devices, with warnings as errors and silent rank promotion refused.
 
 GRM_TEST_PLATFORM=cuda runs them on this machine's GPU instead, with products of float32 in float32: test_gpu.py is made
-for that, and of the others those that are content with one device pass.
+for that, and no other file was tried.
 """
 
 import os

@@ -392,6 +392,9 @@ def test_reports_are_compared(folder, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "again/report.json").read_bytes() == (tmp_path / "b/report.json").read_bytes()
     unforced = ["eval", "--from", str(tmp_path / "b"), "--drop-forced", "--output", str(tmp_path / "unforced")]
     assert main(unforced) == 0
+    kept = (tmp_path / "b/protocol.json").read_bytes()
+    assert main([*again[:-1], f"{tmp_path / 'b'}/"]) == 0  # into its own folder, spelled otherwise
+    assert (tmp_path / "b/protocol.json").read_bytes() == kept
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out

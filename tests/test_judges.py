@@ -8,11 +8,11 @@ import functools
 import random
 
 import pytest
+from test_evals import judgment
 
 from grm_jax.data.benchmarks import KINDS, Benchmark, Case, metrics
 from grm_jax.datatypes import Example, Message
 from grm_jax.evals import measure, report, table
-from grm_jax.spct.sample import Sample
 
 PAIR, FOUR, SIX = (1.0, 0.0), (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 TIES = {"ref": FOUR, "tied": (1.0, 1.0, 0.0, 0.0)}
@@ -59,13 +59,9 @@ def judged(name, cases, judge, kind=None):
     """The numbers of a report on what `judge(case, first, rng)` says of each case, K times, another response first."""
     rng, rows = random.Random(1), []
     for case in cases:
-        e = case.example
         for j in range(K):
-            first = j % len(e.responses)
-            order = (first, *(i for i in range(len(e.responses)) if i != first))
-            told = (e.id, case.subset, e.messages, e.responses, e.scores, None, None, order)
-            known = {"text": "", "correct": None, "hinted": False, "tokens": 10, "ended": True, "template": "t"}
-            rows.append(Sample(*told, scores=judge(case, first, rng), reason=None, sample=j, **known))
+            first = j % len(case.example.responses)
+            rows.append(judgment(case, j, judge(case, first, rng), first))
     benchmark = Benchmark(name, cases, kind or KINDS[name])
     return benchmark, measure.numbers(benchmark, table.table_of(cases, rows), None, 0)
 
@@ -166,10 +162,7 @@ def test_a_report_of_the_official_rows_has_a_score_and_of_others_a_total():
     assert "no score" not in text + report.summary(whole)
 
     own = Case(dataclasses.replace(cases[0].example, id="own/0"), "own", "own")
-    for others, missing in (
-        (cases[1:], "chat 7 of 8"),
-        ([*cases, own], "own 1 of 0"),
-    ):
+    for others, missing in ((cases[1:], "chat 7 of 8"), ([*cases, own], "own 1 of 0")):
         text = report.markdown(written(others))
         assert f"Rows that differ from the official set: {missing}" in text
         assert "## Total after k judgments" in text
@@ -208,11 +201,7 @@ def test_the_softmax_vote_of_a_single_response_is_a_mean_already():
     """Four judgments of 9, and one of 3 beside three unread: 9 and 3 on either way."""
     cases, rows = cases_of("real_mistake", 1), []
     for case, scores in zip(cases, ([(9,)] * 4, [(3,), None, None, None]), strict=True):
-        e = case.example
-        for j, score in enumerate(scores):
-            told = (e.id, case.subset, e.messages, e.responses, e.scores, None, None, (0,))
-            known = {"text": "", "correct": None, "hinted": False, "tokens": 1, "ended": True, "template": "t"}
-            rows.append(Sample(*told, scores=score, reason=None, sample=j, logit=0.5, **known))
+        rows += [judgment(case, j, score, logit=0.5) for j, score in enumerate(scores)]
     found = table.table_of(cases, rows)
     ways = table.votes(found)
     assert ways.keys() == {"voting", "guided", "softmax"}

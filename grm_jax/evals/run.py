@@ -88,7 +88,8 @@ def again(config: EvalConfig) -> None:
     benchmark = Benchmark(name, table.cases_of(rows), KINDS[name], protocol["dropped"])
     once = _read(greedy, config.drop_forced) if has_greedy and config.greedy else []
     if hosts.is_first():
-        if config.output != str(place.parent):  # so that `compare` takes the output
+        own = f"{config.output}/{JUDGMENTS}"
+        if not (epath.Path(own).exists() or parts_of(own)):  # so that `compare` takes the output
             _write(f"{config.output}/protocol.json", protocol | {"from": str(place)})
         _report(config.output, benchmark, rows, once, protocol)
 
