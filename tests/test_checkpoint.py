@@ -20,7 +20,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_score import bucket  # noqa: F401
 
 from grm_jax import recipes
 from grm_jax.checkpoint import Interrupt, Saver, claim, digest
@@ -576,7 +575,7 @@ BUCKET = "gs://judge/runs/a/checkpoints"
         ),
     ],
 )
-def test_checkpoints_in_a_bucket(bucket, kind, left, said):  # noqa: F811
+def test_checkpoints_in_a_bucket(bucket, kind, left, said):
     command = [sys.executable, "-c", IN_A_BUCKET, kind]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | bucket, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_score import bucket  # noqa: F401
 from tiny import LLAMA, tiny_model
 
 from grm_jax.data.benchmarks import Benchmark, Case, Kind, metrics
@@ -357,7 +356,7 @@ def test_the_greedy_point_of_parts_is_reported_anew(folder, tmp_path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
-def test_data_judgments_and_reports_in_a_bucket(folder, bucket):  # noqa: F811
+def test_data_judgments_and_reports_in_a_bucket(folder, bucket):
     done = subprocess.run(
         [sys.executable, "-c", IN_A_BUCKET, str(folder / "LLMBar"), str(folder / "judge"), TEMPLATE],
         capture_output=True, text=True, env=os.environ | bucket, timeout=240,

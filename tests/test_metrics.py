@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_score import bucket  # noqa: F401
 from tiny import LLAMA, tiny_model
 
 from grm_jax import metrics
@@ -224,7 +223,7 @@ print(*losses(), len(list((folder / "tensorboard").iterdir())))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
-def test_metrics_in_a_bucket(bucket):  # noqa: F811
+def test_metrics_in_a_bucket(bucket):
     command = [sys.executable, "-c", IN_A_BUCKET]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | bucket, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,6 @@ import pytest
 import sentencepiece
 from checkpoints import FAMILIES, GOLDENS, assert_same, load, targets_of, tensors_in
 from safetensors.numpy import load_file, save_file
-from test_score import bucket  # noqa: F401 - a fixture
 from test_tokenizer import GOLDEN, package_file, small_gguf, write_gguf
 from tiny import GEMMA, LLAMA, QWEN3
 
@@ -421,7 +420,7 @@ print(*sorted(file.name for file in epath.Path("gs://judge/base").iterdir()), me
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the emulator's sockets
-def test_models_and_adapters_in_a_bucket(base: Path, adapted: Path, bucket: dict[str, str]) -> None:  # noqa: F811
+def test_models_and_adapters_in_a_bucket(base: Path, adapted: Path, bucket: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_A_BUCKET, str(base), str(adapted)],
         capture_output=True, text=True, env=os.environ | bucket, timeout=240,

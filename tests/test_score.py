@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -252,26 +251,6 @@ def test_the_embedded_model_judges_the_packages_examples(tmp_path):
     (row,) = verdicts(target)
     assert row["valid"] == 4
     assert all("Specific Criteria" in judgment["text"] for judgment in row["judgments"])
-
-
-@pytest.fixture
-def bucket():
-    """The environment of a client of a Google storage emulator on this machine, with a bucket called judge."""
-    from gcp_storage_emulator.server import create_server
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="judge")
-    server.start()
-    host = f"http://127.0.0.1:{port}"
-    # Without the last two the clients of tensorstore and gcsfs wait for the real service.
-    yield {
-        "STORAGE_EMULATOR_HOST": host,
-        "TENSORSTORE_GCS_HTTP_URL": host,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }
-    server.stop()
 
 
 IN_A_BUCKET = """
