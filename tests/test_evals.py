@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -112,6 +113,23 @@ def scripted(judge, count: int = 400, k: int = 4, seed: int = 0):
     rows = [judgment(case, j, judge(case, j % 2, rng), first=j % 2) for case in cases for j in range(k)]
     benchmark = Benchmark("preferences", cases, Kind(metrics.preferences))
     return measure.numbers(benchmark, table.table_of(cases, rows), None, seed)
+
+
+def test_agreement_of_orders_of_lists_by_hand():
+    three = dataclasses.replace(pair(0).example, responses=("a", "b", "c"), scores=(0.0, 2.0, 1.0))
+    cases = [Case(three, "s", "0"), Case(dataclasses.replace(three, id="other"), "s", "1")]
+    one, other = cases
+    rows = [
+        judgment(one, 0, (1, 9, 2)), judgment(one, 1, (5, 6, 2)),  # this order's vote: the second
+        judgment(one, 2, (1, 4, 2), first=1), judgment(one, 3, (9, 1, 1), first=2),  # the second; the first
+        judgment(other, 0, (9, 1, 1)), judgment(other, 1, (9, 1, 1)),  # the first, in one order
+        judgment(other, 2, (7, 7, 1), first=1), judgment(other, 3, None, first=2),  # a tie, and nothing
+    ]  # fmt: skip
+    assert measure.order_agreement(table.table_of(cases[:1], rows[:4])) == 1 / 3
+    assert measure.order_agreement(table.table_of(cases, rows)) == 1 / 3
+    assert math.isnan(measure.order_agreement(table.table_of(cases[1:], rows[4:])))
+    agreeing = [*rows[:6], judgment(other, 2, (7, 5, 1), first=1), rows[7]]
+    assert measure.order_agreement(table.table_of(cases, agreeing)) == (1 / 3 + 1) / 2
 
 
 def test_judges_that_know_guess_or_look_at_one_thing_alone(monkeypatch):

@@ -3,7 +3,7 @@
 1. Each way to vote has the benchmark's metric at k' = 1, 2, 4, ..., K, and at K a 95 % bootstrap interval of every number,
    resampled by query; before it one of the total, of a fifth as many draws.
 2. Beside them: what picking the longer response and drawing lots score, unread judgments, position bias, agreement of
-   both orders, the histogram of scores, calibration of the vote's share, tokens, seconds.
+   orders, the histogram of scores, calibration of the vote's share, tokens, seconds.
 
 Letters as in `table`.
 """
@@ -65,7 +65,7 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
             "unread_judgments": float(1 - table.valid.mean()),
             "unread_cases": float((~table.valid.any(axis=1)).mean()),
             "ties": _ties(table, plain),
-            **(_of_rewards(table, plain) if table.rewards else _of_scores(table, plain, orders["voting"])),
+            **(_of_rewards(table, plain) if table.rewards else _of_scores(table, plain)),
             "tokens_of_judgment": float(table.tokens.mean()),
             "tokens_after": {str(k): int(table.tokens[:, :k].sum()) for k in tables.points(most)},
             "seconds_of_verdict": math.nan if table.seconds is None else float(table.seconds.sum(axis=1).mean()),
@@ -73,10 +73,10 @@ def numbers(benchmark: Benchmark, table: Table, k_meta: int | None, seed: int) -
     )
 
 
-def _of_scores(table: Table, plain: Votes, orders: Sequence[Votes]) -> dict[str, Any]:
+def _of_scores(table: Table, plain: Votes) -> dict[str, Any]:
     return {
         "position_bias": position_bias(table),
-        "order_agreement": order_agreement(table, orders),
+        "order_agreement": order_agreement(table),
         "histogram": histogram(table),
         "calibration": calibration(table, plain),
     }
@@ -176,13 +176,23 @@ def position_bias(table: Table) -> float:
     return (float(np.mean(wins)) - expected) / (1 - expected)
 
 
-def order_agreement(table: Table, orders: Sequence[Votes]) -> float:
-    """Of pairs judged in both orders without a tie: how often both prefer the same response."""
+def order_agreement(table: Table) -> float:
+    """How often the votes of two orders of a case prefer the same response: the mean over cases, of each over its orders.
+
+    Over cases of two responses and more that were judged in two orders and more; an order whose vote ties is left out. Of
+    n responses a judge that draws lots has 1 / n.
+    """
     same = []
-    for e in np.flatnonzero(table.counts == 2):
-        sums = [votes.sums[e, -1, :2] for votes in orders if votes.valid[e, -1]]
-        if len(sums) == 2 and all(a != b for a, b in sums):
-            same.append((sums[0][0] > sums[0][1]) == (sums[1][0] > sums[1][1]))
+    for e in np.flatnonzero(table.counts > 1):
+        preferred = []
+        for order in np.unique(table.order[e]):
+            chosen = table.valid[e] & (table.order[e] == order)
+            top = _winners(table.scores[e, chosen].sum(axis=0), int(table.counts[e]))
+            if chosen.any() and top.sum() == 1:
+                preferred.append(int(np.argmax(top)))
+        if (many := len(preferred)) > 1:
+            equal = np.bincount(preferred)
+            same.append(float((equal * (equal - 1)).sum() / (many * (many - 1))))
     return float(np.mean(same)) if same else math.nan
 
 

@@ -177,7 +177,7 @@ def _rest(report: Mapping[str, Any]) -> list[list[str]]:
         ["cases without any that could", _percent(report["unread_cases"])],
         ["ties of the plain vote", _percent(report["ties"])],
         ["position bias (0 none, 1 always the first)", _signed(report["position_bias"])],
-        ["both orders prefer the same response", _percent(report["order_agreement"])],
+        ["two orders of a case prefer the same response", _percent(report["order_agreement"])],
         ["gap between the vote's share and how often it is right", _percent(report["calibration"]["gap"])],
         ["tokens of a judgment", f"{report['tokens_of_judgment']:.0f}"],
         ["tokens of all cases after k judgments", tokens],

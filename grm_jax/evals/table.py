@@ -32,6 +32,7 @@ class Table:
     valid: Bool[np.ndarray, "E K"]
     counts: Int[np.ndarray, "E"]
     first: Int[np.ndarray, "E K"]  # which response was shown first
+    order: Int[np.ndarray, "E K"]  # equal where the responses of a case were shown in equal order
     tokens: Int[np.ndarray, "E K"]
     logits: Float[np.ndarray, "E K"] | None  # where every judgment has one
     values: Float[np.ndarray, "E K N"] | None  # where every valid judgment has them
@@ -82,6 +83,7 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
         valid=np.array([[one is not None for one in row] for row in given]),
         counts=np.array([len(case.example.responses) for case in cases], np.int32),
         first=np.array([[s.order[0] for s in row] for row in rows], np.int32),
+        order=np.array([_alike([s.order for s in row]) for row in rows], np.int32),
         tokens=np.array([[s.tokens for s in row] for row in rows], np.int64),
         logits=np.array([[s.logit for s in row] for row in rows], np.float32)
         if all(s.logit is not None for s in flat)
@@ -92,6 +94,12 @@ def table_of(cases: Sequence[Case], samples: Sequence[Sample]) -> Table:
         else None,
         rewards=rewards,
     )
+
+
+def _alike(orders: Sequence[tuple[int, ...]]) -> list[int]:
+    """A number for each, equal for equal ones."""
+    known: dict[tuple[int, ...], int] = {}
+    return [known.setdefault(tuple(order), len(known)) for order in orders]
 
 
 def votes(table: Table, k_meta: int | None = None, among: Bool[np.ndarray, "E K"] | None = None) -> dict[str, Votes]:
