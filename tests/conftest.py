@@ -31,7 +31,6 @@ with install_import_hook("grm_jax", "beartype.beartype"):  # shapes of public fu
 
 import jax
 import pytest
-import storage
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if os.environ["JAX_PLATFORMS"] != "cpu":
@@ -41,6 +40,8 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:
     """The environment of a client of Google storage, emulated on this machine, with an empty bucket called judge."""
+    import storage  # here, as other tests run without the emulator too
+
     with storage.bucket("judge") as environment:
         yield environment
 
