@@ -126,9 +126,10 @@ def learned(fine_tuning: int, steps: int) -> dict[str, float]:
 
 
 def test_reinforcement_learning_makes_a_poor_judge_a_good_one():
+    own = {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, __file__, "250", "120"],
-        capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}, timeout=600,
+        capture_output=True, text=True, env=os.environ | own, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
