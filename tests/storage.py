@@ -79,9 +79,11 @@ def bucket(name: str) -> Iterator[dict[str, str]]:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         host = f"http://127.0.0.1:{served.server_port}"
         # Without the last two the clients of TensorStore and gcsfs wait for the real service.
-        yield {
-            "STORAGE_EMULATOR_HOST": host,
-            "TENSORSTORE_GCS_HTTP_URL": host,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
-        served.shutdown()
+        try:
+            yield {
+                "STORAGE_EMULATOR_HOST": host,
+                "TENSORSTORE_GCS_HTTP_URL": host,
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            }
+        finally:
+            served.shutdown()

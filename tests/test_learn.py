@@ -1,8 +1,8 @@
-"""It learns: on prompts of eight bytes, in half a minute, what launch/learn.sh shows on whole judgments.
+"""It learns: on prompts of eight bytes, in a minute or two, what launch/learn.sh shows on whole judgments.
 
-A query asks for the higher or the lower of two numbers: the query AND the responses are needed. A one-layer model is
+A query asks for the higher or the lower of two numbers: the query AND the responses are needed. A small model is
 fine-tuned on a poor judge's scores, then trained by the compiled step on the correctness of its own. This file is also the
-program that does so, in a process of its own: here steps take longer than compiling, so XLA's flags are its own.
+program that does so, in a process under XLA's own flags: those of the other tests make its many steps twice as slow.
 """
 
 import dataclasses
